@@ -1,0 +1,1 @@
+"""The method, written once: data, rollouts, rewards, advantages, losses and the training loop. Imports no engine."""

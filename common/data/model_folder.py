@@ -1,0 +1,47 @@
+"""Where a model lives: a local Hugging Face folder, a hub name, or the embedded model -> a local folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from common.config.section import ConfigError
+
+EMBEDDED = "embedded:"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def model_folder(path: str) -> Path:
+    """The local folder of a model. Fetches the embedded model or a hub snapshot when it is not there yet.
+
+    Raises ConfigError when there is no such folder or it holds no config.json.
+    """
+    if path.startswith(EMBEDDED):
+        from common.data.embedded_model import embedded_model
+
+        return embedded_model(path.removeprefix(EMBEDDED))
+    folder = Path(path).expanduser()
+    if not folder.is_dir() and _HUB_NAME.fullmatch(path):
+        folder = _hub_snapshot(path)
+    if not (folder / "config.json").is_file():
+        state = "holds no config.json" if folder.is_dir() else "no such folder"
+        raise ConfigError(
+            f"model.path = {path!r}: {state}. Give a Hugging Face model folder, a hub name (owner/model), "
+            f"or {EMBEDDED}smollm2."
+        )
+    return folder
+
+
+def _hub_snapshot(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"model.path = {name!r}: no such local folder, and the hub could not be asked ({reason}). "
+            "Download the model and give its folder, or check the name and the network."
+        ) from None

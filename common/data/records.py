@@ -1,0 +1,131 @@
+"""One line of a JSONL file -> one Prompt. Two record shapes are read; anything else is an error with file and line.
+
+`{"prompt": [chat messages] | str, "label": ..., "reference": ..., "images": [...], "extra_info": {...}}` and
+`{"conversations": [{"from": "human" | "gpt" | "system", "value": ...}], "images": [...], "label": ...}`. All turns are kept;
+in a conversation that ends with an answer, the answer is the reference unless another field gives one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common.config.section import ConfigError
+from common.types import Message, Prompt
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+IMAGE = "<image>"
+
+
+class BadRecord(ValueError):
+    """A record that cannot be used; the message says why, without file and line."""
+
+
+def read_records(path: Path, reference_key: str | None) -> Iterator[Prompt | BadRecord]:
+    """Every record of a file in order, bad ones as BadRecord with file, line and reason. Blank lines are skipped.
+
+    Raises ConfigError when the file cannot be read.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"data file {path}: cannot be read ({reason}). Correct the path in the data section.") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield _prompt(_json(line), f"{path.stem}-{number}", reference_key)
+        except BadRecord as error:
+            yield BadRecord(f"{path}:{number}: {error}")
+
+
+def _json(line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError alike
+        raise BadRecord(f"not valid JSON ({error}). Write one JSON object a line, in UTF-8.") from None
+    if not isinstance(record, dict):
+        raise BadRecord(f"is a JSON {type(record).__name__}, not an object. Write one JSON object a line.")
+    return record
+
+
+def _prompt(record: dict[str, Any], default_id: str, reference_key: str | None) -> Prompt:
+    messages = _messages(record)
+    answer = None
+    if messages[-1].role == "assistant":
+        *messages, last = messages
+        answer = last.content
+    if not messages or messages[-1].role != "user":
+        raise BadRecord("the conversation has no user turn to answer. End it with a user turn.")
+    images = _images(record, messages)
+    return Prompt(
+        id=str(record.get("id", default_id)),
+        label=_label(record),
+        messages=tuple(messages),
+        reference=_reference(record, reference_key, answer),
+        images=images,
+    )
+
+
+def _messages(record: dict[str, Any]) -> list[Message]:
+    if "prompt" in record:
+        turns = record["prompt"]
+        if isinstance(turns, str):
+            turns = [{"role": "user", "content": turns}]
+        return _turns(turns, "prompt", "role", "content")
+    if "conversations" in record:
+        return _turns(record["conversations"], "conversations", "from", "value")
+    raise BadRecord(f"has neither 'prompt' nor 'conversations'; its fields are {', '.join(sorted(record)) or 'none'}.")
+
+
+def _turns(turns: Any, field: str, role_key: str, content_key: str) -> list[Message]:
+    if not isinstance(turns, list) or not turns:
+        raise BadRecord(f"{field!r} must be a non-empty list of turns.")
+    messages = []
+    for index, turn in enumerate(turns):
+        if not isinstance(turn, dict) or turn.get(role_key) not in ROLES:
+            raise BadRecord(f"{field}[{index}].{role_key} must be one of {', '.join(ROLES)}.")
+        if not isinstance(turn.get(content_key), str):
+            raise BadRecord(f"{field}[{index}].{content_key} must be a string.")
+        messages.append(Message(ROLES[turn[role_key]], turn[content_key]))
+    return messages
+
+
+def _label(record: dict[str, Any]) -> str:
+    extra = record.get("extra_info")
+    label = record.get("label", extra.get("label") if isinstance(extra, dict) else None)
+    if not isinstance(label, str) or not label:
+        raise BadRecord("has no 'label' (a string, at top level or in extra_info); the reward recipe needs it.")
+    return label
+
+
+def _images(record: dict[str, Any], messages: list[Message]) -> tuple[str, ...]:
+    images = record.get("images") or []
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise BadRecord("'images' must be a list of paths or URLs.")
+    markers = sum(message.content.count(IMAGE) for message in messages)
+    if markers != len(images) and (images or "images" in record):
+        raise BadRecord(f"has {len(images)} images but {markers} {IMAGE} markers. Give each image its marker.")
+    return tuple(images)
+
+
+def _reference(record: dict[str, Any], key: str | None, answer: str | None) -> Any:
+    """The first of: the configured field, `reference`, `chosen`, reward_model.ground_truth, ground_truth,
+    extra_info.constraints, the conversation's own last answer."""
+    if key is not None:
+        if key not in record:
+            raise BadRecord(f"has no field {key!r} (data.reference_key).")
+        return record[key]
+    model, extra = record.get("reward_model"), record.get("extra_info")
+    places = (
+        record.get("reference"),
+        record.get("chosen"),
+        model.get("ground_truth") if isinstance(model, dict) else None,
+        record.get("ground_truth"),
+        extra.get("constraints") if isinstance(extra, dict) else None,
+        answer,
+    )
+    return next((place for place in places if place is not None), None)

@@ -1,0 +1,107 @@
+"""What a step reports: metrics, rollout records and their timing. Every key is defined here, once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from common.rewards.recipe import Recipe
+from common.rewards.scorer import ScoredGroup
+
+# Keys of an update that are summed or maximised over the updates of a step; the others are averaged.
+_SUMMED = ("tokens/trained",)
+_MAXIMISED = ("policy/ratio_max",)
+UPDATE_KEYS = (
+    "loss/policy",
+    "loss/kl",
+    "policy/entropy",
+    "policy/ratio_max",
+    "policy/clip_fraction",
+    "mismatch/kl",
+    "grad_norm",
+    "tokens/trained",
+)
+
+
+class Timer:
+    """Seconds spent in each phase of one step."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._seconds = dict.fromkeys(("rollout", "score", "update"), 0.0)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Add the time of the block to a phase."""
+        started = time.perf_counter()
+        yield
+        self._seconds[phase] += time.perf_counter() - started
+
+    def metrics(self, response_tokens: int) -> dict[str, float]:
+        """time/*_s and tokens_per_s, the response tokens of the step per second of the whole step."""
+        step = time.perf_counter() - self._started
+        phases = {f"time/{phase}_s": seconds for phase, seconds in self._seconds.items()}
+        return phases | {"time/step_s": step, "tokens_per_s": response_tokens / step}
+
+
+def rollout_metrics(
+    groups: Sequence[ScoredGroup], kept: np.ndarray, recipe: Recipe, missing: dict[str, int]
+) -> dict[str, float]:
+    """Rewards and responses of a step, over all scored groups, taught from or not. kept: bool [P]."""
+    rewards = [reward for scored in groups for reward in scored.rewards]
+    rollouts = [rollout for scored in groups for rollout in scored.group.rollouts]
+    totals = np.array([reward.total for reward in rewards])
+    metrics = {"reward/mean": float(totals.mean()), "reward/std": float(totals.std(ddof=1))}
+    for name in recipe.verifiers:
+        values = [reward.scores[name].value for reward in rewards if name in reward.scores]
+        if values:
+            metrics[f"reward/{name}"] = float(np.mean(values))
+        metrics[f"missing/{name}"] = float(missing.get(name, 0))
+    return metrics | {
+        "response/length_mean": float(np.mean([len(rollout.token_ids) for rollout in rollouts])),
+        "response/truncated_fraction": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
+        "groups/uninformative_fraction": 1.0 - float(np.mean(kept)),
+    }
+
+
+def update_metrics(updates: Sequence[dict[str, float]], rates: Sequence[float]) -> dict[str, float]:
+    """The step's updates as one record; zeros when no group taught anything. learning_rate is the last update's."""
+    metrics = {"learning_rate": rates[-1]}
+    for key in UPDATE_KEYS:
+        values = [update[key] for update in updates] or [0.0]
+        join = sum if key in _SUMMED else max if key in _MAXIMISED else np.mean
+        metrics[key] = float(join(values))
+    return metrics
+
+
+def rollout_records(
+    step: int, groups: Sequence[ScoredGroup], credit: np.ndarray, kept: np.ndarray
+) -> Iterator[dict[str, Any]]:
+    """One record a response: all that re-judging and replaying it needs. credit: [P G], kept: bool [P]."""
+    for place, scored in enumerate(groups):
+        group = scored.group
+        for sample, (rollout, reward) in enumerate(zip(group.rollouts, scored.rewards, strict=True)):
+            yield {
+                "step": step,
+                "draw": group.draw,
+                "sample": sample,
+                "prompt_id": group.prompt.id,
+                "label": group.prompt.label,
+                "messages": [message._asdict() for message in group.prompt.messages],
+                "reference": group.prompt.reference,
+                "response": rollout.text,
+                "reward": reward.total,
+                "scores": {name: score.value for name, score in reward.scores.items()},
+                "evidence": {name: score.evidence for name, score in reward.scores.items()},
+                "advantage": float(credit[place, sample]),
+                "trained": bool(kept[place]),
+                "finish_reason": rollout.finish_reason,
+                "policy_version": rollout.policy_version,
+                "prompt_token_ids": group.prompt_token_ids.tolist(),
+                "token_ids": rollout.token_ids.tolist(),
+                "logprobs": [float(value) for value in rollout.logprobs],
+            }

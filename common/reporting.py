@@ -1,0 +1,132 @@
+"""What a person sees of a run: progress with time left, a row a step, a sample now and then; and the W&B mirror."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from common.config.run import RunConfig
+from common.config.section import ConfigError
+from common.rewards.scorer import ScoredGroup
+
+COLUMNS = {
+    "reward/mean": "reward",
+    "reward/std": "std",
+    "policy/entropy": "entropy",
+    "mismatch/kl": "mismatch",
+    "grad_norm": "grad norm",
+    "response/length_mean": "length",
+    "groups/uninformative_fraction": "uninformative",
+    "time/step_s": "seconds",
+}
+
+
+class Wandb(Protocol):
+    """What is used of a W&B run."""
+
+    def log(self, data: dict[str, Any], step: int | None = None) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Reporter:
+    """Console and W&B output of one run. Use as a context."""
+
+    def __init__(self, config: RunConfig, first_step: int) -> None:
+        self._config = config
+        self._console = Console()
+        self._wandb = _open_wandb(config)
+        self._started, self._first = time.perf_counter(), first_step
+        self._progress = Progress(
+            TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+            console=self._console, disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=config.run.steps, completed=first_step)
+
+    def __enter__(self) -> Reporter:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def say(self, text: str) -> None:
+        """One line above the progress bar."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def step(self, metrics: dict[str, float], groups: Sequence[ScoredGroup]) -> None:
+        """Show a finished step; its metrics go to W&B as they are."""
+        done = int(metrics["step"]) + 1
+        self._progress.update(self._task, completed=done)
+        if self._console.is_terminal:
+            self._console.print(_table(metrics))
+        else:
+            self.say(self._line(metrics, done))
+        if done % self._config.metrics.sample_every == 1 and groups:
+            self._sample(groups[0])
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=int(metrics["step"]))
+
+    def evaluation(self, metrics: dict[str, float]) -> None:
+        """Show a held-out evaluation."""
+        parts = ", ".join(f"{key.removeprefix('reward/')} {value:.3f}" for key, value in _rewards(metrics).items())
+        seconds = metrics["time/evaluation_s"]
+        self.say(f"held-out before step {metrics['step']}: reward {metrics['reward/mean']:.3f} ({parts}), {seconds:.0f} s")
+        if self._wandb is not None:
+            self._wandb.log({f"heldout/{key}": value for key, value in metrics.items()}, step=int(metrics["step"]))
+
+    def _line(self, metrics: dict[str, float], done: int) -> str:
+        shown = "  ".join(f"{title} {metrics[key]:.4g}" for key, title in COLUMNS.items())
+        parts = "  ".join(f"{key} {value:.3f}" for key, value in _rewards(metrics).items())
+        per_step = (time.perf_counter() - self._started) / (done - self._first)
+        left = per_step * (self._config.run.steps - done)
+        return f"step {done}/{self._config.run.steps}  {shown}  {parts}  left {left / 60:.1f} min"
+
+    def _sample(self, scored: ScoredGroup) -> None:
+        prompt, rollout, reward = scored.group.prompt, scored.group.rollouts[0], scored.rewards[0]
+        scores = ", ".join(f"{name} {score.value:.2f}" for name, score in reward.scores.items())
+        text = f"{prompt.messages[-1].content}\n-> {rollout.text}\n[{prompt.label}: {reward.total:.2f} ({scores})]"
+        self._console.print(Panel(escape(text), title="a sample") if self._console.is_terminal else escape(text))
+
+
+def _rewards(metrics: dict[str, float]) -> dict[str, float]:
+    aggregate = ("reward/mean", "reward/std")
+    return {key: value for key, value in metrics.items() if key.startswith("reward/") and key not in aggregate}
+
+
+def _table(metrics: dict[str, float]) -> Table:
+    table = Table(title=f"step {int(metrics['step']) + 1}", title_justify="left")
+    cells = {title: metrics[key] for key, title in COLUMNS.items()} | _rewards(metrics)
+    for title in cells:
+        table.add_column(title, justify="right")
+    table.add_row(*(f"{value:.4g}" for value in cells.values()))
+    return table
+
+
+def _open_wandb(config: RunConfig) -> Wandb | None:
+    if config.metrics.wandb == "off":
+        return None
+    try:
+        import wandb  # late: optional, and slow to import
+    except ImportError:
+        raise ConfigError(
+            f"metrics.wandb = {config.metrics.wandb!r}: the package wandb is not installed. "
+            "Install it with pip install 'safework[wandb]', or set metrics.wandb to off."
+        ) from None
+    return wandb.init(
+        project=config.metrics.wandb_project,
+        name=Path(config.run.dir).name,
+        dir=config.run.dir,
+        mode=config.metrics.wandb,
+        config=config.model_dump(),
+    )

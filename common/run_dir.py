@@ -1,0 +1,158 @@
+"""The run folder: resolved config, metrics, rollouts, checkpoints under one atomic marker, and where to resume.
+
+    config.yaml       resolved, each value with its origin
+    metrics.jsonl     one line a step           evaluation.jsonl  one line a held-out evaluation
+    rollouts.jsonl    one line a response
+    checkpoints/step-000010/                    complete exactly when it has this name
+    export/           the trained model as a Hugging Face folder
+
+A checkpoint is written under another name, flushed to disk and renamed; only then are old ones removed. It remembers how
+long the record files were, so that a resumed run cuts off what a killed one wrote after it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.types import TrainBatch
+
+RECORDS = ("metrics.jsonl", "rollouts.jsonl", "evaluation.jsonl")
+STATE_FILE = "loop.json"
+_STEP_NAME = re.compile(r"step-(\d{6,})")
+
+
+class NotSaved(RuntimeError):
+    """The disk refused a write; the message says what was being written, what is safe, and what to do."""
+
+
+@dataclass(frozen=True)
+class LoopState:
+    """All that the loop itself must remember: the next step, the data cursor, updates so far, record file lengths."""
+
+    step: int = 0
+    cursor: int = 0
+    policy_version: int = 0
+    record_bytes: dict[str, int] = field(default_factory=dict)
+
+
+class RunDir:
+    """One run's folder. Creates it when it is not there."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self.checkpoints = self.path / "checkpoints"
+        self.config = self.path / "config.yaml"
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+
+    def saved_steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        names = [_STEP_NAME.fullmatch(folder.name) for folder in self.checkpoints.iterdir()]
+        return sorted(int(match.group(1)) for match in names if match)
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of a complete checkpoint."""
+        return self.checkpoints / f"step-{step:06d}"
+
+    def state(self) -> LoopState:
+        """The loop state of the newest complete checkpoint, or that of a run not yet begun."""
+        steps = self.saved_steps()
+        if not steps:
+            return LoopState()
+        return LoopState(**json.loads((self.checkpoint(steps[-1]) / STATE_FILE).read_text()))
+
+    def rewind_records(self, state: LoopState) -> None:
+        """Cut the record files back to where the state left them and remove half-written checkpoints."""
+        for name in RECORDS:
+            path = self.path / name
+            if path.exists():
+                os.truncate(path, state.record_bytes.get(name, 0))
+        for folder in self.checkpoints.glob("*.partial"):
+            shutil.rmtree(folder)
+
+    def write_config(self, text: str) -> None:
+        """Write config.yaml. Raises NotSaved."""
+        try:
+            self.config.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise self._not_saved(self.config, error) from error
+
+    def save_batch(self, batch: TrainBatch, step: int) -> Path:
+        """Keep a batch that could not be trained on, as an .npz of its arrays; returns the file. Raises NotSaved."""
+        path = self.path / f"failed-batch-step-{step:06d}.npz"
+        arrays = {name: array for name, array in vars(batch).items() if array is not None}
+        try:
+            np.savez_compressed(path, **arrays)
+        except OSError as error:
+            raise self._not_saved(path, error) from error
+        return path
+
+    def append(self, name: str, records: Iterable[dict[str, Any]]) -> None:
+        """Add lines to a record file. Raises NotSaved."""
+        text = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+        path = self.path / name
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise self._not_saved(path, error) from error
+
+    def save(self, state: LoopState, write_engine: Callable[[Path], None], keep: int) -> None:
+        """Write a complete checkpoint of the loop state and whatever `write_engine` puts into the folder it is given.
+
+        Raises NotSaved and leaves every earlier checkpoint as it was.
+        """
+        final = self.checkpoint(state.step)
+        partial = final.with_suffix(".partial")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            write_engine(partial)
+            lengths = {name: _synced_length(self.path / name) for name in RECORDS}
+            (partial / STATE_FILE).write_text(json.dumps(asdict(state) | {"record_bytes": lengths}))
+            _flush_to_disk(partial)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            _sync(self.checkpoints)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise self._not_saved(final, error) from error
+        for step in self.saved_steps()[:-keep]:
+            shutil.rmtree(self.checkpoint(step))
+
+    def _not_saved(self, path: Path, error: OSError) -> NotSaved:
+        steps = self.saved_steps()
+        safe = f"the checkpoint of step {steps[-1]} is complete" if steps else "no checkpoint was complete yet"
+        return NotSaved(
+            f"{path}: could not be written ({error.strerror or error}); {safe}. "
+            "Make room on the disk and start the same command again."
+        )
+
+
+def _flush_to_disk(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        _sync(path)
+    _sync(folder)
+
+
+def _synced_length(path: Path) -> int:
+    if not path.exists():
+        return 0
+    _sync(path)
+    return path.stat().st_size
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

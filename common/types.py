@@ -1,0 +1,134 @@
+"""The data that flows through a run: prompts, rollouts, scores, rewards and train batches.
+
+Shape letters used everywhere: P prompts, G responses per prompt, B rows, T tokens, K verifiers, V vocabulary.
+Every object is frozen; a step that adds something returns a new object.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+FinishReason = Literal["stop", "length"]
+
+
+class Message(NamedTuple):
+    """One chat turn. `content` is plain text; `<image>` marks the place of the prompt's next image."""
+
+    role: str
+    content: str
+
+
+class Span(NamedTuple):
+    """Half-open range of token offsets inside a response."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One record of a data set.
+
+    `id` is unique within a run's data, `label` chooses the terms of the reward recipe, `reference` is what the
+    verifiers of that label compare with (an answer, or a list of constraints), `images` are paths or URLs in the
+    order of their `<image>` markers.
+    """
+
+    id: str
+    label: str
+    messages: tuple[Message, ...]
+    reference: Any = None
+    images: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response to a prompt, exactly as it was sampled; its tokens are never encoded again.
+
+    token_ids: int32 [T], the response including a sampled stop token.
+    sampled: bool [T], False where the environment, not the policy, wrote the token.
+    logprobs: float32 [T], log-probability of each token at the sampling temperature, 0 where not sampled.
+    text: the decoded response without its stop token; `reasoning_text` and `answer_text` are its parts
+    (`reasoning_text` is None when the response has no closed think block; the answer is then the whole text).
+    reasoning, answer: the same parts as token offsets.
+    policy_version: number of policy updates behind the weights that sampled it.
+    """
+
+    token_ids: np.ndarray
+    sampled: np.ndarray
+    logprobs: np.ndarray
+    text: str
+    reasoning_text: str | None
+    answer_text: str
+    reasoning: Span | None
+    answer: Span
+    finish_reason: FinishReason
+    policy_version: int
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The G responses to one prompt. `draw` is the position of the prompt in the run's endless data order."""
+
+    prompt: Prompt
+    draw: int
+    prompt_token_ids: np.ndarray
+    rollouts: tuple[Rollout, ...]
+
+
+class Sample(NamedTuple):
+    """What a verifier looks at: a prompt and one response to it."""
+
+    prompt: Prompt
+    rollout: Rollout
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one verifier says of one response. `evidence` is the short text a person would want to see."""
+
+    value: float
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A verifier could not judge this response. Counted and limited, never turned into a number."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The reward of one response: the recipe's total and the score of each verifier that its label asks for."""
+
+    total: float
+    scores: dict[str, Score]
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """Packed rows, ready for a backend. All arrays are [B T].
+
+    token_ids: int32. positions: int32, restarting at 0 with every segment. segment_ids: int32, 1.. within a row;
+    0 is padding, a segment of its own. sampled: bool, tokens written by the policy.
+
+    Values at t belong to the token at t given the tokens before it in its segment. sampling_logprobs, advantages:
+    float32. policy_weights, kl_weights: float32, 0 wherever a token does not count; they already hold mask,
+    aggregation mode, dropped samples and importance corrections. old_logprobs and ref_logprobs: float32, or None
+    where the loss does not need them (old: the update is on-policy and the policy's own detached value is used).
+    """
+
+    token_ids: np.ndarray
+    positions: np.ndarray
+    segment_ids: np.ndarray
+    sampled: np.ndarray
+    sampling_logprobs: np.ndarray
+    advantages: np.ndarray
+    policy_weights: np.ndarray
+    kl_weights: np.ndarray
+    old_logprobs: np.ndarray | None = None
+    ref_logprobs: np.ndarray | None = None

@@ -1,0 +1,1 @@
+"""The JAX engine: Flax decoders trained by GRPO under one jitted mesh program."""

@@ -1,0 +1,1 @@
+"""The PyTorch engine: Hugging Face causal language models trained by GRPO."""

@@ -1,0 +1,32 @@
+"""The torch engine's program: `python -m safework_torch.main VERB CONFIG... [key=value...]`, also under torchrun."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common import arrays
+from common.config import LoadedConfig
+from common.engine_main import run_verb
+from safework_torch.config import TorchSection
+from safework_torch.trainer import TorchTrainer
+
+
+def _segment_sum(values: Tensor, ids: Tensor, num_segments: int) -> Tensor:
+    return torch.zeros(num_segments, dtype=values.dtype, device=values.device).index_add(0, ids, values)
+
+
+def open_trainer(loaded: LoadedConfig, policy: Path, reference: Path | None) -> TorchTrainer:
+    """Register torch with the mathematics, set its threads, and load the models."""
+    arrays.register(arrays.Engine(Tensor, torch, Tensor.detach, _segment_sum))
+    if loaded.config.backend.threads:
+        torch.set_num_threads(loaded.config.backend.threads)
+    assert isinstance(loaded.engine, TorchSection)
+    return TorchTrainer(loaded.config, loaded.engine, policy, reference)
+
+
+if __name__ == "__main__":
+    sys.exit(run_verb(open_trainer, sys.argv[1:]))

@@ -1,0 +1,102 @@
+"""Hugging Face causal language models as this engine uses them: loading, packed forward pass, saving.
+
+Rows are packed: the attention mask and the positions are always explicit, never inferred.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from common.config import ConfigError
+
+# Families whose attention, rotary embedding and head were checked against Hugging Face on packed rows.
+# True: the family may mix full and sliding-window layers, and takes one mask for each kind.
+FAMILIES = {"llama": False, "qwen2": True, "qwen3": True}
+
+_KEPT_BY_DOTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+
+
+def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
+    """The model of a Hugging Face folder in fp32, in training mode, on a device.
+
+    Raises ConfigError for a family that is not supported, quantised weights or active dropout.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    _check(config, folder)
+    transformers_logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, attn_implementation="sdpa")
+    return model.to(device).train()
+
+
+def _check(config: PreTrainedConfig, folder: Path) -> None:
+    if config.model_type not in FAMILIES:
+        raise ConfigError(
+            f"model folder {folder}: model_type {config.model_type!r} is not supported. Supported: {', '.join(FAMILIES)}."
+        )
+    settings = config.to_dict()
+    if "quantization_config" in settings:
+        raise ConfigError(f"model folder {folder}: quantised weights cannot be trained. Use the original checkpoint.")
+    if settings["attention_dropout"] != 0:
+        raise ConfigError(
+            f"model folder {folder}: attention_dropout = {settings['attention_dropout']} in config.json; sampling and training "
+            "would see different models. Set it to 0."
+        )
+
+
+def recompute(model: PreTrainedModel, mode: str) -> None:
+    """Keep fewer activations for the backward pass: `none` keeps all, `dots` matrix products only, `full` layer inputs only."""
+    if mode == "none":
+        return
+    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _keep_dots)} if mode == "dots" else {}
+    for layer in model.model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, **contexts)
+
+
+def _keep_dots(_context: object, operation: object, *_args: object, **_kwargs: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _KEPT_BY_DOTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def hidden_states(model: PreTrainedModel, token_ids: Tensor, positions: Tensor, segment_ids: Tensor) -> Tensor:
+    """Final hidden states of packed rows: int [B T] three times -> float [B T D]."""
+    masks = packed_masks(model.config, segment_ids)
+    output = model.model(input_ids=token_ids, position_ids=positions, attention_mask=masks, use_cache=False)
+    return output.last_hidden_state
+
+
+def packed_masks(config: PreTrainedConfig, segment_ids: Tensor) -> Tensor | dict[str, Tensor]:
+    """Causal attention within each segment: bool [B 1 T T], or one for each kind of layer.
+
+    Padding is a segment of its own that attends to itself: a fully masked row would be NaN.
+    """
+    place = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+    distance = place[:, None] - place[None, :]
+    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    return by_layer_kind(config, same & (distance >= 0), distance)
+
+
+def by_layer_kind(config: PreTrainedConfig, full: Tensor, distance: Tensor) -> Tensor | dict[str, Tensor]:
+    """The mask in the form the family takes. distance: int, query position minus key position, as `full` broadcasts."""
+    if not FAMILIES[config.model_type]:
+        return full
+    masks = {"full_attention": full}
+    if "sliding_attention" in config.layer_types:
+        masks["sliding_attention"] = full & (distance < config.sliding_window)
+    return masks
+
+
+def head(model: PreTrainedModel) -> nn.Parameter:
+    """The output projection [V D]; the token embedding itself when the two are tied."""
+    return model.lm_head.weight
+
+
+def export_model(model: PreTrainedModel, source: Path, folder: Path) -> None:
+    """Write a Hugging Face folder that loads on its own: weights, config, generation config and tokenizer."""
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
