@@ -1,16 +1,28 @@
-"""The `safework` command: checks the config, then hands over to the engine's own program."""
+"""The `safework` command. Verbs that need an engine are handed to that engine's own program."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
-from common.config import ConfigError, load_config
-from common.engine_main import split_arguments
+from rich.console import Console
 
-CONFIG_HELP = "run files (YAML) and key=value overrides, later ones win"
+from common.config import ConfigError, LoadedConfig, load_config
+from common.config.explain import explain
+from common.data.chat import Chat
+from common.engine_main import USER_ERRORS, split_arguments
+from common.experiment import load_data, policy_folder, reference_folder
+from common.export import DTYPES, export_model
+from common.parity.ladder import certificate, compare, table
+from common.run_dir import RunDir
+
+CONFIG_HELP = "run files (YAML) and key=value overrides; later ones win"
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -18,7 +30,7 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(words)
     try:
         return arguments.run(arguments)
-    except ConfigError as error:
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -26,18 +38,98 @@ def main(words: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="safework", description=__doc__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
+
     train = verbs.add_parser("train", help="train the policy of a config; resumes an unfinished run")
     train.add_argument("config", nargs="+", help=CONFIG_HELP)
     train.set_defaults(run=_train)
+
+    check = verbs.add_parser(
+        "check", help="print the resolved config with the origin of each value; check data and model"
+    )
+    check.add_argument("config", nargs="+", help=CONFIG_HELP)
+    check.set_defaults(run=_check)
+
+    export = verbs.add_parser("export", help="write a run's newest checkpoint as a Hugging Face folder")
+    export.add_argument("run_dir", type=Path, help="the folder of a run")
+    export.add_argument("--out", type=Path, help="where to; default: export/ in the run folder")
+    export.add_argument("--step", type=int, help="another checkpoint that is still there")
+    export.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    export.set_defaults(run=_export)
+
+    parity = verbs.add_parser("parity", help="measure torch against JAX on a config's own model and data")
+    parity.add_argument("config", nargs="+", help=CONFIG_HELP)
+    parity.add_argument("--steps", type=int, default=20, help="batches to record and replay")
+    parity.add_argument("--out", type=Path, default=Path("parity.json"), help="the certificate")
+    parity.set_defaults(run=_parity)
     return parser
+
+
+def _engine_command(name: str, *words: str) -> list[str]:
+    return [sys.executable, "-m", f"safework_{name}.main", *words]
 
 
 def _train(arguments: argparse.Namespace) -> int:
     loaded = load_config(*split_arguments(arguments.config))
-    module = f"safework_{loaded.config.backend.name}.main"
+    command = _engine_command(loaded.config.backend.name, "train", *arguments.config)
     # The engine's program takes this process over, so that signals and exit status are its own.
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", module, "train", *arguments.config])
+    os.execv(sys.executable, command)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    loaded = load_config(*split_arguments(arguments.config))
+    print(explain(loaded), end="")
+    print(f"# {_counts(loaded)}")
+    return 0
+
+
+def _counts(loaded: LoadedConfig) -> str:
+    """Load data, tokenizer and recipe as a run would, and say what is there."""
+    config = loaded.config
+    reference_folder(config)
+    data = load_data(config, Chat(policy_folder(config), config.model.system))
+    labels = ", ".join(data.recipe.terms)
+    return f"{data.train.epoch_size} prompts an epoch, {len(data.heldout)} held out, labels: {labels}; ready to train"
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    config_file = arguments.run_dir / "config.yaml"
+    if not config_file.exists():
+        raise ConfigError(f"{arguments.run_dir}: is not a run folder (no config.yaml). Give the run.dir of a run.")
+    run_dir = RunDir(arguments.run_dir)
+    steps = run_dir.saved_steps()
+    step = arguments.step if arguments.step is not None else (steps[-1] if steps else None)
+    if step is None or step not in steps:
+        raise ConfigError(f"{arguments.run_dir}: no checkpoint of step {step}; complete are: {steps or 'none'}.")
+    out = arguments.out or run_dir.path / "export"
+    source = policy_folder(load_config([config_file]).config)
+    export_model(run_dir.checkpoint(step), source, out, arguments.dtype)
+    print(f"{out}: the policy after step {step}, {arguments.dtype}")
+    return 0
+
+
+def _parity(arguments: argparse.Namespace) -> int:
+    config = load_config(*split_arguments(arguments.config)).config
+    console = Console()
+    with tempfile.TemporaryDirectory(prefix="safework-parity-") as name:
+        folder = Path(name)
+        recording, gradients = folder / "recording", folder / "gradients.safetensors"
+        _run_engine("torch", "record", str(recording), str(arguments.steps), *arguments.config)
+        for engine in ("torch", "jax"):
+            console.print(f"measuring {engine}")
+            _run_engine(engine, "measure", str(recording), str(gradients), str(folder / engine), *arguments.config)
+        rungs = compare(config, recording, folder / "torch", folder / "jax")
+        arguments.out.write_text(json.dumps(certificate(config, recording, rungs), indent=1) + "\n")
+    console.print(table(rungs))
+    failed = [rung.name for rung in rungs if not rung.passed]
+    console.print(f"{arguments.out}: {'FAILED: ' + ', '.join(failed) if failed else 'passed'}")
+    return 1 if failed else 0
+
+
+def _run_engine(name: str, *words: str) -> None:
+    # Each engine measures in its own process with its own backend.name, so that configs of both are exercised.
+    if subprocess.run(_engine_command(name, *words, f"backend.name={name}"), check=False).returncode:
+        raise ConfigError(f"the {name} engine could not do its part; its own message stands above.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
-"""What both engines' programs do with a verb and a config, given how to open their trainer."""
+"""What both engines' programs do with a verb and a config, given how to open their trainer.
+
+train CONFIG...                                 the training loop
+record FOLDER STEPS CONFIG...                   parity: sample the batches that both engines are fed
+measure RECORDING GRADIENTS FOLDER CONFIG...    parity: run this engine's side of the ladder
+"""
 
 from __future__ import annotations
 
@@ -9,15 +14,18 @@ from pathlib import Path
 from common.config import ConfigError, LoadedConfig, load_config
 from common.data.chat import Chat
 from common.experiment import load_data, open_run, policy_folder, reference_folder
+from common.export import export_model
 from common.interrupt import Interrupt
 from common.loop import Loop
+from common.parity.measure import ParityTrainer, measure
+from common.parity.recording import record
 from common.reporting import Reporter
 from common.rewards.scorer import ScoreMissing
 from common.rollout.sampler import RolloutSampler
 from common.run_dir import NotSaved
-from common.trainer import NonFiniteUpdate, PolicyTrainer
+from common.trainer import NonFiniteUpdate
 
-OpenTrainer = Callable[[LoadedConfig, Path, Path | None], PolicyTrainer]
+OpenTrainer = Callable[[LoadedConfig, Path, Path | None], ParityTrainer]
 
 # What the user can mend, said in a sentence; anything else is ours and keeps its traceback.
 USER_ERRORS = (ConfigError, NotSaved, ScoreMissing, NonFiniteUpdate)
@@ -30,13 +38,27 @@ def split_arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def run_verb(open_trainer: OpenTrainer, words: Sequence[str]) -> int:
-    """Run `train CONFIG... [key=value...]`; returns the process's exit status."""
-    verbs = {"train": _train}
+    """Run one verb with its words; returns the process's exit status."""
     try:
-        return verbs[words[0]](open_trainer, load_config(*split_arguments(words[1:])))
+        match words:
+            case ["train", *config]:
+                return _train(open_trainer, _load(config))
+            case ["record", folder, steps, *config]:
+                return _record(open_trainer, _load(config), Path(folder), int(steps))
+            case ["measure", recording, gradients, folder, *config]:
+                loaded = _load(config)
+                trainer = open_trainer(loaded, policy_folder(loaded.config), None)
+                measure(loaded.config, trainer, Path(recording), Path(gradients), Path(folder))
+                return 0
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    print(f"usage:{__doc__}", file=sys.stderr)
+    return 2
+
+
+def _load(words: Sequence[str]) -> LoadedConfig:
+    return load_config(*split_arguments(words))
 
 
 def _train(open_trainer: OpenTrainer, loaded: LoadedConfig) -> int:
@@ -49,19 +71,31 @@ def _train(open_trainer: OpenTrainer, loaded: LoadedConfig) -> int:
     if start.step >= config.run.steps:
         print(f"{run_dir.path}: already trained for {start.step} steps; raise run.steps to go on. Nothing to do.")
         return 0
-    sampler_parts = (chat, config.rollout, config.run.seed)
     trainer = open_trainer(loaded, policy, reference)
+    sampler = RolloutSampler(trainer, chat, config.rollout, config.run.seed)
     try:
         with Interrupt() as interrupt, Reporter(config, start.step) as reporter:
             if start.step:
                 reporter.say(f"{run_dir.path}: resuming after step {start.step}")
-            sampler = RolloutSampler(trainer, *sampler_parts)
             state = Loop(config, trainer, data, sampler, run_dir, reporter, interrupt).run()
     finally:
         data.recipe.close()
     if state.step < config.run.steps:
         print(f"stopped and saved after step {state.step}; start the same command again to resume.", file=sys.stderr)
         return INTERRUPTED
-    trainer.export(run_dir.path / "export")
+    export_model(run_dir.checkpoint(state.step), policy, run_dir.path / "export", "float32")
     print(f"done: {run_dir.path}/export holds the trained model, metrics.jsonl and rollouts.jsonl the record")
+    return 0
+
+
+def _record(open_trainer: OpenTrainer, loaded: LoadedConfig, folder: Path, steps: int) -> int:
+    config = loaded.config
+    policy = policy_folder(config)
+    chat = Chat(policy, config.model.system)
+    data = load_data(config, chat)
+    sampler = RolloutSampler(open_trainer(loaded, policy, None), chat, config.rollout, config.run.seed)
+    try:
+        record(config, data, sampler, folder, steps)
+    finally:
+        data.recipe.close()
     return 0

@@ -45,7 +45,9 @@ def load_data(config: RunConfig, chat: Chat) -> Data:
     recipe = Recipe(config.rewards, (prompt.label for prompt in prompts))
     for prompt in prompts:
         if prompt.images:
-            raise ConfigError(f"prompt {prompt.id!r} has images, and the model {config.model.path!r} reads text only.")
+            raise ConfigError(
+                f"prompt {prompt.id!r} has images, and the model {config.model.path!r} reads text only. Remove it."
+            )
         recipe.check(prompt)
     return Data(
         Mixture(train, config.run.seed), tuple(prompt for source in heldout for prompt in source.prompts), recipe
@@ -68,9 +70,8 @@ def open_run(loaded: LoadedConfig) -> RunDir:
         changes = forbidden_changes(load_config([run_dir.config]).config, loaded.config)
         if changes:
             raise ConfigError(
-                f"run.dir = {loaded.config.run.dir!r} ({loaded.origin('run.dir')}): holds a run with another config:\n  "
-                + "\n  ".join(changes)
-                + "\nGive run.dir another folder, or set these keys back."
+                f"run.dir = {loaded.config.run.dir!r} ({loaded.origin('run.dir')}): holds a run of another config:\n"
+                "  " + "\n  ".join(changes) + "\nGive run.dir another folder, or set these keys back."
             )
     run_dir.write_config(explain(loaded))
     return run_dir
@@ -95,7 +96,7 @@ def reference_folder(config: RunConfig) -> Path | None:
     ours, theirs = Chat(policy).vocabulary, Chat(reference).vocabulary
     if ours != theirs:
         raise ConfigError(
-            f"model.reference_path = {config.model.reference_path!r}: its vocabulary ({len(theirs)} tokens) is not that of "
-            f"model.path ({len(ours)} tokens), so their logprobs do not compare. Choose a reference of the same family."
+            f"model.reference_path = {config.model.reference_path!r}: its vocabulary ({len(theirs)} tokens) is not "
+            f"that of model.path ({len(ours)} tokens), so their logprobs do not compare. Choose one of the same family."
         )
     return reference

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -60,13 +60,18 @@ class Loop:
         state = self._resume()
         if state.step == 0 and self._config.evaluation.at_ends:
             self._evaluate(state)
-        for state in self._steps(state):
+        while state.step < self._config.run.steps and not self._interrupt.requested:
+            state = self._step(state)
             last = state.step == self._config.run.steps
-            if last or state.step % self._config.checkpoint.every == 0 or self._interrupt.requested:
+            if self._is_due(self._config.evaluation.every, state.step) or (last and self._config.evaluation.at_ends):
+                self._evaluate(state)
+            if self._is_due(self._config.checkpoint.every, state.step) or last or self._interrupt.requested:
                 self._run_dir.save(state, self._trainer.save, self._config.checkpoint.keep)
-            if self._interrupt.requested and not last:
-                return state
         return state
+
+    @staticmethod
+    def _is_due(every: int, step: int) -> bool:
+        return every > 0 and step % every == 0
 
     def _resume(self) -> LoopState:
         state = self._run_dir.state()
@@ -74,15 +79,6 @@ class Loop:
         if state.step:
             self._trainer.restore(self._run_dir.checkpoint(state.step))
         return state
-
-    def _steps(self, state: LoopState) -> Iterator[LoopState]:
-        config = self._config
-        while state.step < config.run.steps:
-            state = self._step(state)
-            ends = config.evaluation.at_ends and state.step == config.run.steps
-            if ends or (config.evaluation.every and state.step % config.evaluation.every == 0):
-                self._evaluate(state)
-            yield state
 
     def _step(self, state: LoopState) -> LoopState:
         config, timer = self._config, Timer()
@@ -127,7 +123,9 @@ class Loop:
             draws = [Draw(index, self._data.train[index]) for index in range(cursor, cursor + wanted)]
             cursor += wanted
             with timer("rollout"):
-                rolled = self._sampler.groups(draws, "train", state.step, config.rollout.group_size, state.policy_version)
+                rolled = self._sampler.groups(
+                    draws, "train", state.step, config.rollout.group_size, state.policy_version
+                )
             with timer("score"):
                 scored = self._scorer.score(rolled)
             groups += scored.groups

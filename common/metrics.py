@@ -32,7 +32,7 @@ class Timer:
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
-        self._seconds = dict.fromkeys(("rollout", "score", "update"), 0.0)
+        self._seconds: dict[str, float] = {"rollout": 0.0, "score": 0.0, "update": 0.0}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:

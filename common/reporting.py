@@ -46,8 +46,13 @@ class Reporter:
         self._wandb = _open_wandb(config)
         self._started, self._first = time.perf_counter(), first_step
         self._progress = Progress(
-            TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-            console=self._console, disable=not self._console.is_terminal,
+            TextColumn("steps"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
         )
         self._task = self._progress.add_task("", total=config.run.steps, completed=first_step)
 
@@ -81,7 +86,9 @@ class Reporter:
         """Show a held-out evaluation."""
         parts = ", ".join(f"{key.removeprefix('reward/')} {value:.3f}" for key, value in _rewards(metrics).items())
         seconds = metrics["time/evaluation_s"]
-        self.say(f"held-out before step {metrics['step']}: reward {metrics['reward/mean']:.3f} ({parts}), {seconds:.0f} s")
+        self.say(
+            f"held-out before step {metrics['step']}: reward {metrics['reward/mean']:.3f} ({parts}), {seconds:.0f} s"
+        )
         if self._wandb is not None:
             self._wandb.log({f"heldout/{key}": value for key, value in metrics.items()}, step=int(metrics["step"]))
 

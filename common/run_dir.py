@@ -6,8 +6,8 @@
     checkpoints/step-000010/                    complete exactly when it has this name
     export/           the trained model as a Hugging Face folder
 
-A checkpoint is written under another name, flushed to disk and renamed; only then are old ones removed. It remembers how
-long the record files were, so that a resumed run cuts off what a killed one wrote after it.
+A checkpoint is written under another name, flushed to disk and renamed; only then are old ones removed. It remembers
+how long the record files were, so that a resumed run cuts off what a killed one wrote after it.
 """
 
 from __future__ import annotations

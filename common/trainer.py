@@ -32,7 +32,7 @@ class Sampling:
 
 
 class SamplingPrompt(NamedTuple):
-    """One prompt to answer: token_ids int32 [S]; uniforms float32 [G max_new_tokens], one number per token to sample."""
+    """One prompt to answer: token_ids int32 [S]; uniforms float32 [G max_new_tokens], one per token to sample."""
 
     token_ids: np.ndarray
     uniforms: np.ndarray
@@ -70,15 +70,14 @@ class PolicyTrainer(Protocol):
         ...
 
     def save(self, directory: Path) -> None:
-        """Write parameters and optimizer moments into a folder that exists. Raises OSError when the disk does."""
+        """Write parameters and optimizer moments into a folder that exists, as `common/state_files.py` lays them out.
+
+        Raises OSError when the disk does.
+        """
         ...
 
     def restore(self, directory: Path) -> None:
         """Read back what `save` wrote, bit for bit."""
-        ...
-
-    def export(self, directory: Path) -> None:
-        """Write the policy as a Hugging Face folder, tokenizer included."""
         ...
 
     def peak_memory_gib(self) -> float:

@@ -1,50 +1,37 @@
-"""Training state on disk: parameters and AdamW moments as safetensors under Hugging Face names, fp32, bit for bit."""
+"""Training state between torch and the files of `common/state_files.py`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-FILES = {"model": "model.safetensors", "exp_avg": "first_moment.safetensors", "exp_avg_sq": "second_moment.safetensors"}
-STEP = "step"
+from common.state_files import TrainingState, read_state, write_state
+from safework_torch.optimizer import AdamW
 
 
-def save_state(model: nn.Module, optimizer: torch.optim.AdamW, folder: Path) -> None:
-    """Write parameters and moments into a folder. Raises OSError when the disk does."""
-    named = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    state = {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
-    steps = {int(entry["step"]) for entry in state.values() if entry}
-    assert len(steps) <= 1, "all parameters are stepped together"
-    metadata = {STEP: str(steps.pop() if steps else 0)}
-    _write(named, folder / FILES["model"], metadata)
-    for moment in ("exp_avg", "exp_avg_sq"):
-        tensors = {name: entry[moment] if entry else torch.zeros_like(named[name]) for name, entry in state.items()}
-        _write(tensors, folder / FILES[moment], metadata)
+def save_state(optimizer: AdamW, folder: Path) -> None:
+    """Write parameters and AdamW moments into a folder. Raises OSError when the disk does."""
+    first, second = _host(optimizer.first_moment), _host(optimizer.second_moment)
+    write_state(TrainingState(_host(optimizer.named), first, second, optimizer.steps), folder)
 
 
-def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    try:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path, metadata)
-    except SafetensorError as error:  # how this library reports a full disk
-        raise OSError(f"{path.name}: {error}") from error
+def _host(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
 
 
-def restore_state(model: nn.Module, optimizer: torch.optim.AdamW, folder: Path) -> None:
+@torch.no_grad()
+def restore_state(optimizer: AdamW, folder: Path) -> None:
     """Read back what `save_state` wrote."""
-    from safetensors import safe_open
-
-    with safe_open(folder / FILES["model"], "pt") as file:
-        count = int(file.metadata()[STEP])
-    weights, first, second = (load_file(folder / name) for name in FILES.values())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights.pop(name))
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(count)),
-                "exp_avg": first.pop(name).to(parameter.device),
-                "exp_avg_sq": second.pop(name).to(parameter.device),
-            }
+    state = read_state(folder)
+    for targets, arrays in (
+        (optimizer.named, state.parameters),
+        (optimizer.first_moment, state.first_moment),
+        (optimizer.second_moment, state.second_moment),
+    ):
+        for name, tensor in targets.items():
+            tensor.copy_(torch.from_numpy(arrays[name]))
+    optimizer.steps = state.optimizer_steps

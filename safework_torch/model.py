@@ -1,4 +1,4 @@
-"""Hugging Face causal language models as this engine uses them: loading, packed forward pass, saving.
+"""Hugging Face causal language models as this engine uses them: loading and the packed forward pass.
 
 Rows are packed: the attention mask and the positions are always explicit, never inferred.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from common.config import ConfigError
@@ -32,26 +32,31 @@ def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
     _check(config, folder)
     transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, attn_implementation="sdpa")
-    return model.to(device).train()
+    # torch gives the padding token's embedding no gradient; here padding is no token, and often the end token is.
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    embedding.padding_idx = None
+    return model.train().to(device)  # pyright: ignore[reportArgumentType]  (transformers wraps Module.to)
 
 
 def _check(config: PreTrainedConfig, folder: Path) -> None:
     if config.model_type not in FAMILIES:
         raise ConfigError(
-            f"model folder {folder}: model_type {config.model_type!r} is not supported. Supported: {', '.join(FAMILIES)}."
+            f"model folder {folder}: model_type {config.model_type!r} is not supported. "
+            f"Supported: {', '.join(FAMILIES)}."
         )
     settings = config.to_dict()
     if "quantization_config" in settings:
         raise ConfigError(f"model folder {folder}: quantised weights cannot be trained. Use the original checkpoint.")
     if settings["attention_dropout"] != 0:
         raise ConfigError(
-            f"model folder {folder}: attention_dropout = {settings['attention_dropout']} in config.json; sampling and training "
-            "would see different models. Set it to 0."
+            f"model folder {folder}: attention_dropout = {settings['attention_dropout']} in config.json; sampling and "
+            "training would see different models. Set it to 0."
         )
 
 
 def recompute(model: PreTrainedModel, mode: str) -> None:
-    """Keep fewer activations for the backward pass: `none` keeps all, `dots` matrix products only, `full` layer inputs only."""
+    """Keep less for the backward pass: `none` keeps all, `dots` matrix products only, `full` layer inputs only."""
     if mode == "none":
         return
     contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _keep_dots)} if mode == "dots" else {}
@@ -94,9 +99,3 @@ def by_layer_kind(config: PreTrainedConfig, full: Tensor, distance: Tensor) -> T
 def head(model: PreTrainedModel) -> nn.Parameter:
     """The output projection [V D]; the token embedding itself when the two are tied."""
     return model.lm_head.weight
-
-
-def export_model(model: PreTrainedModel, source: Path, folder: Path) -> None:
-    """Write a Hugging Face folder that loads on its own: weights, config, generation config and tokenizer."""
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)

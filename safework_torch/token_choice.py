@@ -16,12 +16,12 @@ def choose(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor
 
     The logprob is that of the softmax at the temperature, before top-k and top-p; greedy choice reports it at 1.
     """
+    if sampling.temperature not in (0, 1):
+        logits = logits / sampling.temperature
+    normaliser = torch.logsumexp(logits, dim=-1)
     if sampling.temperature == 0:
         chosen = logits.argmax(dim=-1)
     else:
-        logits = logits / sampling.temperature
-    normaliser = torch.logsumexp(logits, dim=-1)
-    if sampling.temperature != 0:
         probabilities = torch.exp(logits - normaliser[:, None])
         chosen = inverse_cdf(truncated(probabilities, sampling.top_k, sampling.top_p), uniforms)
     return chosen, logits.gather(-1, chosen[:, None])[:, 0] - normaliser

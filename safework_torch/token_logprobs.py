@@ -18,9 +18,7 @@ class _TokenLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         logprobs, entropies, normalisers = [], [], []
         for part, target in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
             logits = _logits(part, weight, temperature)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 
 from common.algorithms.objective import Sums, TokenArrays, add_sums, objective, update_record
 from common.config import RunConfig
+from common.config.method import LossConfig
 from common.trainer import NonFiniteUpdate, Response, Sampling, SamplingPrompt
 from common.types import TrainBatch
 from safework_torch.checkpoint import restore_state, save_state
 from safework_torch.config import TorchSection
-from safework_torch.model import export_model, head, hidden_states, load_model, recompute
-from safework_torch.optimizer import global_norm, make_optimizer, step
+from safework_torch.model import head, hidden_states, load_model, recompute
+from safework_torch.optimizer import AdamW
 from safework_torch.sampling import sample
 from safework_torch.token_logprobs import token_logprobs
 
@@ -30,7 +31,6 @@ class TorchTrainer:
 
     def __init__(self, config: RunConfig, section: TorchSection, policy: Path, reference: Path | None) -> None:
         self._config = config
-        self._source = policy
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.backend.dtype]
         self._policy = load_model(policy, self._device)
@@ -39,26 +39,25 @@ class TorchTrainer:
             for layer in self._policy.model.layers:
                 layer.compile()
         self._reference = None if reference is None else load_model(reference, self._device).requires_grad_(False)
-        self._optimizer = make_optimizer(self._policy, config.optimizer)
+        self._optimizer = AdamW(dict(self._policy.named_parameters()), config.optimizer)
 
     def update(self, batch: TrainBatch, learning_rate: float) -> dict[str, float]:
         """One optimizer step; see PolicyTrainer."""
-        loss, sums = self.accumulate(batch)
-        gradients = [parameter.grad for parameter in self._policy.parameters() if parameter.grad is not None]
-        norm = float(global_norm(gradients))
+        loss, sums = self._accumulate(batch, self._config.loss)
+        norm = self._optimizer.gradient_norm()
         if not math.isfinite(loss) or not math.isfinite(norm):
             self._optimizer.zero_grad()
             raise NonFiniteUpdate(f"loss {loss}, gradient norm {norm}.")
-        step(self._optimizer, gradients, norm, self._config.optimizer.clip_norm, learning_rate)
+        self._optimizer.step(norm, learning_rate)
         self._optimizer.zero_grad()
         return update_record(sums, norm)
 
-    def accumulate(self, batch: TrainBatch) -> tuple[float, Sums]:
+    def _accumulate(self, batch: TrainBatch, loss_config: LossConfig) -> tuple[float, Sums]:
         """Sum the gradient of the whole batch into `.grad`; returns the loss and its statistics as floats."""
         total, sums = 0.0, None
         for rows in self._microbatches(batch):
             logprobs, entropy = self._logprobs(self._policy, rows)
-            loss, part = objective(self._config.loss, logprobs, entropy, token_arrays(rows))
+            loss, part = objective(loss_config, logprobs, entropy, token_arrays(rows))
             loss.backward()
             total += float(loss.detach())
             sums = part if sums is None else add_sums(sums, part)
@@ -77,7 +76,9 @@ class TorchTrainer:
         size = self._config.batch.rows_per_microbatch
         arrays = {name: array for name, array in vars(batch).items() if array is not None}
         for start in range(0, len(batch.token_ids), size):
-            yield {name: torch.from_numpy(array[start : start + size]).to(self._device) for name, array in arrays.items()}
+            yield {
+                name: torch.from_numpy(array[start : start + size]).to(self._device) for name, array in arrays.items()
+            }
 
     def _logprobs(self, model: PreTrainedModel, rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         tokens = rows["token_ids"].long()
@@ -90,17 +91,27 @@ class TorchTrainer:
         """Responses from the embedded sampler; see PolicyTrainer."""
         return sample(self._policy, prompts, sampling, self._dtype)
 
+    def named_gradients(self, batch: TrainBatch, loss: LossConfig) -> tuple[float, dict[str, np.ndarray]]:
+        """Loss and gradient by Hugging Face name; see ParityTrainer."""
+        value, _ = self._accumulate(batch, loss)
+        gradients = {name: p.grad.cpu().numpy() for name, p in self._optimizer.named.items() if p.grad is not None}
+        self._optimizer.zero_grad()
+        return value, gradients
+
+    def apply_gradients(self, gradients: Mapping[str, np.ndarray], learning_rate: float) -> None:
+        """One optimizer step from given gradients; see ParityTrainer."""
+        for name, parameter in self._optimizer.named.items():
+            parameter.grad = torch.from_numpy(gradients[name]).to(self._device)
+        self._optimizer.step(self._optimizer.gradient_norm(), learning_rate)
+        self._optimizer.zero_grad()
+
     def save(self, directory: Path) -> None:
         """Parameters and moments; see PolicyTrainer."""
-        save_state(self._policy, self._optimizer, directory)
+        save_state(self._optimizer, directory)
 
     def restore(self, directory: Path) -> None:
         """What `save` wrote; see PolicyTrainer."""
-        restore_state(self._policy, self._optimizer, directory)
-
-    def export(self, directory: Path) -> None:
-        """A Hugging Face folder; see PolicyTrainer."""
-        export_model(self._policy, self._source, directory)
+        restore_state(self._optimizer, directory)
 
     def peak_memory_gib(self) -> float:
         """Peak of the CUDA allocator, or of resident memory on a CPU."""

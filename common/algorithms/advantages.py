@@ -1,7 +1,7 @@
 """From rewards to advantages, per prompt group.
 
-Totals are [P G] float64, one row a prompt group. Every statistic names its `ddof` and `eps`: frameworks differ in both, and
-1, 1, 0, 0 becomes 0.866 or 1.0 accordingly.
+Totals are [P G] float64, one row a prompt group. Every statistic names its `ddof` and `eps`: frameworks differ in
+both, and rewards 1, 1, 0, 0 become advantages of 0.866 or 1.0 accordingly.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def group_std(totals: np.ndarray, ddof: int, eps: float) -> np.ndarray:
 
 
 def group_mean_batch_std(totals: np.ndarray, ddof: int, eps: float) -> np.ndarray:
-    """Centred by group, divided by the standard deviation of all rewards (Lite PPO, arXiv 2508.08221). [P G] -> [P G]."""
+    """Centred by group, divided by the standard deviation of all rewards (Lite PPO, arXiv 2508.08221). [P G]."""
     return group_mean(totals) / (totals.std(ddof=ddof) + eps)
 
 
@@ -39,9 +39,7 @@ def floor(totals: np.ndarray, threshold: float) -> np.ndarray:
     return totals - np.maximum(totals.mean(axis=1, keepdims=True), threshold)
 
 
-def gdpo(
-    scores: np.ndarray, present: np.ndarray, term_weights: np.ndarray, ddof: int, eps: float
-) -> np.ndarray:
+def gdpo(scores: np.ndarray, present: np.ndarray, term_weights: np.ndarray, ddof: int, eps: float) -> np.ndarray:
     """Each verifier normalised within its group, summed, whitened over the batch (GDPO, arXiv 2601.05242).
 
     scores: [P G K] float64. present: [P G K] bool; absent scores enter no statistic. term_weights: [P K], the recipe's

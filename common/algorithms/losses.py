@@ -21,7 +21,7 @@ def ppo_clip(logprobs: Array, old: Array, advantages: Array, clip_low: float, cl
 
 
 def cpg(logprobs: Array, old: Array, advantages: Array, clip_low: float, clip_high: float) -> Array:
-    """-A times the log-probability, held within the clip on the side the advantage pushes to (CPGD, arXiv 2505.12504)."""
+    """-A times the log-probability, held by the clip on the side that A pushes to (CPGD, arXiv 2505.12504)."""
     xp = namespace(logprobs)
     upper = xp.minimum(logprobs, old + math.log1p(clip_high))
     lower = xp.maximum(logprobs, old + math.log1p(-clip_low))
@@ -29,21 +29,27 @@ def cpg(logprobs: Array, old: Array, advantages: Array, clip_low: float, clip_hi
 
 
 def policy_drift(logprobs: Array, old: Array, cap: float) -> Array:
-    """min(sg(r) - 1, cap) times the log-probability: the gradient of the forward KL from the old policy (arXiv 2505.12504).
+    """min(sg(r) - 1, cap) times the log-probability: gradient of the forward KL from the old policy (2505.12504).
 
     Its value means nothing; only its gradient is used.
     """
     xp = namespace(logprobs)
-    excess = xp.exp(stop_gradient(logprobs) - old) - 1.0
+    excess = xp.expm1(stop_gradient(logprobs) - old)
     return xp.clip(excess, -1.0, cap) * logprobs
 
 
 def gspo(
-    logprobs: Array, old: Array, advantages: Array, sampled: Array, segment_ids: Array, clip_low: float, clip_high: float
+    logprobs: Array,
+    old: Array,
+    advantages: Array,
+    sampled: Array,
+    segment_ids: Array,
+    clip_low: float,
+    clip_high: float,
 ) -> Array:
     """Clipped loss on the sequence ratio, the geometric mean of its token ratios (GSPO, arXiv 2507.18071).
 
-    The ratio of a whole sequence stands at each of its tokens; the gradient reaches each through its own log-probability.
+    The ratio of a whole sequence stands at each of its tokens; each gets its gradient through its own log-probability.
     """
     xp = namespace(logprobs)
     mean = sequence_log_ratio(stop_gradient(logprobs) - old, sampled, segment_ids)
@@ -59,14 +65,14 @@ def sequence_log_ratio(log_ratio: Array, sampled: Array, segment_ids: Array) -> 
 
 
 def cispo(logprobs: Array, old: Array, advantages: Array, clip_high: float) -> Array:
-    """-sg(min(r, 1 + clip_high)) A times the log-probability: no token loses its gradient (MiniMax-M1, arXiv 2506.13585)."""
+    """-sg(min(r, 1 + clip_high)) A times the log-probability: no token loses its gradient (arXiv 2506.13585)."""
     xp = namespace(logprobs)
     weight = xp.clip(xp.exp(stop_gradient(logprobs) - old), 0.0, 1.0 + clip_high)
     return -weight * advantages * logprobs
 
 
 def k1(logprobs: Array, ref: Array) -> Array:
-    """log(pi / ref): unbiased value, may be negative. Used in the reward only: as a loss it has no expected gradient."""
+    """log(pi / ref): unbiased value, may be negative. For the reward only: as a loss it has no expected gradient."""
     return logprobs - ref
 
 
@@ -76,9 +82,9 @@ def k2(logprobs: Array, ref: Array) -> Array:
 
 
 def k3(logprobs: Array, ref: Array) -> Array:
-    """ref / pi - 1 - log(ref / pi) >= 0: GRPO's penalty, whose gradient is that of the forward KL (arXiv 2402.03300)."""
+    """ref / pi - 1 - log(ref / pi) >= 0: GRPO's penalty, with the gradient of the forward KL (arXiv 2402.03300)."""
     xp = namespace(logprobs)
-    return xp.exp(ref - logprobs) - 1.0 - (ref - logprobs)
+    return xp.expm1(ref - logprobs) - (ref - logprobs)
 
 
 def rho_k3(logprobs: Array, ref: Array, sampling: Array) -> Array:

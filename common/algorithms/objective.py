@@ -1,4 +1,4 @@
-"""The scalar that a backend differentiates, and the statistics that it reports, from one micro-batch of token arrays."""
+"""The scalar that a backend differentiates and the statistics that it reports, from one micro-batch."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def objective(config: LossConfig, logprobs: Array, entropy: Array, arrays: Token
         loss_policy=stop_gradient(loss_policy),
         loss_kl=stop_gradient(loss_kl),
         entropy=(stop_gradient(entropy) * trained).sum(),
-        mismatch_kl=((xp.exp(-mismatch) - 1.0 + mismatch) * trained).sum(),
+        mismatch_kl=((xp.expm1(-mismatch) + mismatch) * trained).sum(),
         clipped=(_clipped(config, log_ratio, advantages, arrays) * trained).sum(),
         tokens=trained.sum(),
         ratio_max=xp.exp(log_ratio.max()),

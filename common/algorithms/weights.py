@@ -12,7 +12,7 @@ from common.arrays import sequence_sum
 from common.config.method import ImportanceConfig
 
 
-def sequence_weights(aggregation: str, lengths: np.ndarray, num_before_drops: int, max_length: int) -> np.ndarray:
+def sequence_weights(aggregation: str, lengths: np.ndarray, num_before_drops: float, max_length: int) -> np.ndarray:
     """Weight of each token of each sequence, [N] float64.
 
     lengths: [N] int, trained tokens of each kept sequence of one update. `token_mean` and `sequence_mean` weights
@@ -20,7 +20,9 @@ def sequence_weights(aggregation: str, lengths: np.ndarray, num_before_drops: in
     sequences counted before uninformative groups were dropped).
     """
     if len(lengths) == 0 or lengths.min() < 1:
-        raise ValueError(f"every sequence of an update needs at least one trained token; lengths are {lengths.tolist()}")
+        raise ValueError(
+            f"every sequence of an update needs at least one trained token; lengths are {lengths.tolist()}"
+        )
     match aggregation:
         case "token_mean":
             return np.full(len(lengths), 1.0 / lengths.sum())

@@ -1,4 +1,4 @@
-"""The experiment's configuration: sections, loading with includes and overrides, checks, and where each value came from."""
+"""The experiment's configuration: sections, includes and overrides, checks, and the origin of each value."""
 
 from common.config.load import LoadedConfig, load_config
 from common.config.run import RunConfig

@@ -94,9 +94,7 @@ def _read_yaml(path: Path) -> CommentedMap:
     return content
 
 
-def _merge_table(
-    table: dict[str, Any], origins: dict[str, str], new: CommentedMap, path: Path, prefix: str
-) -> None:
+def _merge_table(table: dict[str, Any], origins: dict[str, str], new: CommentedMap, path: Path, prefix: str) -> None:
     for key, value in new.items():
         name = f"{prefix}{key}"
         if isinstance(value, CommentedMap):
@@ -124,7 +122,9 @@ def _plain(value: Any) -> Any:
 def _override(table: dict[str, Any], origins: dict[str, str], word: str) -> None:
     key, equals, text = word.partition("=")
     if not equals or not key:
-        raise ConfigError(f"{word!r} ({COMMAND_LINE}): is neither a config file nor key=value. Write section.key=value.")
+        raise ConfigError(
+            f"{word!r} ({COMMAND_LINE}): is neither a config file nor key=value. Write section.key=value."
+        )
     try:
         value = YAML(typ="safe", pure=True).load(text)
     except YAMLError:

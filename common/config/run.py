@@ -19,7 +19,7 @@ class RunSection(Section):
 
 
 class BackendSection(Section):
-    """The engine. `torch` and `jax` hold what only that engine has (`safework_torch/config.py`, `safework_jax/config.py`).
+    """The engine. `torch` and `jax` hold what only that one has (`safework_torch/config.py`, `safework_jax/config.py`).
 
     dtype: of matrix products and activations; master weights, reductions and logprobs are always fp32.
     recompute: what the backward pass computes again instead of keeping: nothing, all but matrix products, or all.

@@ -37,7 +37,9 @@ class Chat:
         except (OSError, ValueError) as error:
             raise ConfigError(f"model folder {folder}: no usable tokenizer ({str(error).splitlines()[0]})") from None
         if self._tokenizer.chat_template is None:
-            raise ConfigError(f"model folder {folder}: the tokenizer has no chat template. Use an instruct or chat model.")
+            raise ConfigError(
+                f"model folder {folder}: the tokenizer has no chat template. Use an instruct or chat model."
+            )
         self._system = system
         self._control = re.compile("|".join(map(re.escape, sorted(self._tokenizer.all_special_tokens, key=len)[::-1])))
         self.vocabulary: dict[str, int] = self._tokenizer.get_vocab()
@@ -132,6 +134,7 @@ class Chat:
 
     def _span(self, token_ids: np.ndarray, start: int, end: int) -> Span:
         """Token offsets of the smallest run of tokens that covers characters start to end."""
+
         def text_length(count: int) -> int:
             return len(self.decode(token_ids[:count]))
 

@@ -54,8 +54,8 @@ class Mixture:
     """Prompts of several sources in one endless, seeded order.
 
     An epoch holds each source's prompts `weight` times: whole copies, and for a fraction a share that moves on from
-    epoch to epoch until every prompt had its turn. Each epoch is shuffled on its own. `mixture[cursor]` depends on the seed
-    and the cursor alone, so a cursor is all there is to save.
+    epoch to epoch until every prompt had its turn. Each epoch is shuffled on its own. `mixture[cursor]` depends on the
+    seed and the cursor alone, so a cursor is all there is to save.
     """
 
     def __init__(self, sources: Sequence[LoadedSource], seed: int) -> None:
@@ -81,7 +81,9 @@ class Mixture:
         members = []
         for number, (source, size) in enumerate(zip(self.sources, self._sizes, strict=True)):
             first, count = epoch * size, len(source.prompts)
-            passes = {index: self._pass(number, index) for index in range(first // count, (first + size - 1) // count + 1)}
+            passes = {
+                index: self._pass(number, index) for index in range(first // count, (first + size - 1) // count + 1)
+            }
             members += [(number, int(passes[draw // count][draw % count])) for draw in range(first, first + size)]
         shuffle = np.random.default_rng([self._seed, epoch, len(self.sources)])
         return [members[place] for place in shuffle.permutation(len(members))]

@@ -1,8 +1,8 @@
 """One line of a JSONL file -> one Prompt. Two record shapes are read; anything else is an error with file and line.
 
 `{"prompt": [chat messages] | str, "label": ..., "reference": ..., "images": [...], "extra_info": {...}}` and
-`{"conversations": [{"from": "human" | "gpt" | "system", "value": ...}], "images": [...], "label": ...}`. All turns are kept;
-in a conversation that ends with an answer, the answer is the reference unless another field gives one.
+`{"conversations": [{"from": "human" | "gpt" | "system", "value": ...}], "images": [...], "label": ...}`. All turns are
+kept; in a conversation that ends with an answer, the answer is the reference unless another field gives one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def read_records(path: Path, reference_key: str | None) -> Iterator[Prompt | Bad
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ConfigError(f"data file {path}: cannot be read ({reason}). Correct the path in the data section.") from None
+        raise ConfigError(
+            f"data file {path}: cannot be read ({reason}). Correct the path in the data section."
+        ) from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

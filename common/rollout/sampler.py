@@ -1,7 +1,7 @@
 """Prompts -> rollout groups, tokens in and tokens out.
 
-Sampling is counter-based: each token has its own uniform number, fixed by (run seed, stream, step, draw, sample, position).
-There is no generator state to save, a resumed run is exact, and both engines draw nearly the same rollouts.
+Sampling is counter-based: each token has its own uniform number, fixed by (run seed, stream, step, draw, sample,
+position). There is no generator state to save, a resumed run is exact, and both engines draw nearly the same rollouts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _STREAM_KEYS = {"train": 0, "heldout": 1}
 class Draw(NamedTuple):
     """A prompt at its place in the data order."""
 
-    index: int
+    place: int
     prompt: Prompt
 
 
@@ -43,7 +43,7 @@ def sampling_rule(section: RolloutSection, chat: Chat) -> Sampling:
     unknown = [text for text in section.stop if text not in chat.vocabulary]
     if unknown:
         raise ConfigError(
-            f"rollout.stop = {unknown!r}: not single tokens of this model's vocabulary. Name tokens as the tokenizer does."
+            f"rollout.stop = {unknown!r}: not single tokens of this model. Name tokens as its tokenizer does."
         )
     return Sampling(
         temperature=section.temperature,
@@ -76,9 +76,9 @@ class RolloutSampler:
             rollouts = tuple(
                 self._chat.rollout(*response, policy_version=policy_version, opened=opened) for response in responses
             )
-            groups.append(RolloutGroup(draw.prompt, draw.index, prompt.token_ids, rollouts))
+            groups.append(RolloutGroup(draw.prompt, draw.place, prompt.token_ids, rollouts))
         return groups
 
     def _sampling_prompt(self, draw: Draw, stream: Stream, step: int, num_samples: int) -> SamplingPrompt:
-        numbers = uniforms(self._seed, stream, step, draw.index, num_samples, self._section.max_new_tokens)
+        numbers = uniforms(self._seed, stream, step, draw.place, num_samples, self._section.max_new_tokens)
         return SamplingPrompt(self._chat.encode_prompt(draw.prompt.messages), numbers)

@@ -1,0 +1,192 @@
+"""The ladder: figures of one engine held against the other's, each with its limit, as a table and a certificate."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from safetensors import safe_open
+
+from common.algorithms.losses import policy_loss
+from common.config import RunConfig
+from common.parity.measure import loss_kinds
+from common.parity.recording import batches, off_policy
+from common.types import TrainBatch
+
+LOGPROB = 1e-4
+LOSS_SHARE = 5e-6
+COSINE_GAP = 1e-5
+NORM_RATIO = 1e-4
+GRADIENT_L2 = 1e-3
+SAME_GRADIENTS = 1e-4
+LIVE_GRADIENTS = 0.1
+CURVE = 1e-3
+PACKAGES = ("numpy", "torch", "jax", "flax", "optax", "transformers", "safework")
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One comparison: the worst figure found, its limit, and where it was."""
+
+    name: str
+    figure: float
+    limit: float
+    where: str
+
+    @property
+    def passed(self) -> bool:
+        """NaN never passes."""
+        return self.figure <= self.limit
+
+
+def compare(config: RunConfig, recording: Path, first: Path, second: Path) -> list[Rung]:
+    """All rungs between two engines' measurements of one recording."""
+    recorded = batches(recording)[0]
+    return [
+        _greedy(first, second),
+        _logprobs(recorded, first, second),
+        *_losses(config, recorded, first, second),
+        *_gradients(first, second),
+        *_states(first, second),
+        *_curves(first, second),
+    ]
+
+
+def _greedy(first: Path, second: Path) -> Rung:
+    left, right = (np.load(folder / "greedy.npy") for folder in (first, second))
+    return Rung("greedy tokens that differ", float((left != right).sum()), 0.0, f"of {left.size}")
+
+
+def _logprobs(batch: TrainBatch, first: Path, second: Path) -> Rung:
+    left, right = (np.load(folder / "logprobs.npy") for folder in (first, second))
+    gap = np.abs(left - right)
+    row, place = np.unravel_index(gap.argmax(), gap.shape)
+    return Rung(
+        "logprob difference", float(gap.max()), LOGPROB, f"row {row}, token {place} of {int(batch.sampled.sum())}"
+    )
+
+
+def _losses(config: RunConfig, batch: TrainBatch, first: Path, second: Path) -> Iterator[Rung]:
+    """Loss differences relative to the sum of |weight x token loss|: an on-policy loss itself is about zero."""
+    left, right = (json.loads((folder / "losses.json").read_text()) for folder in (first, second))
+    logprobs = np.load(first / "logprobs.npy")
+    kinds = {"own": config.loss, **loss_kinds(config)}
+    for name in left:
+        kind, policy = name.split("/")
+        loss, own = kinds[kind], batch if policy == "on" else off_policy(batch)
+        old = logprobs if own.old_logprobs is None else own.old_logprobs
+        tokens = policy_loss(loss, logprobs, old, batch.advantages, batch.sampled, batch.segment_ids)
+        scale = float(np.abs(batch.policy_weights * tokens).sum())
+        yield Rung(f"loss {name}", abs(left[name] - right[name]) / scale, LOSS_SHARE, f"{left[name]:.6g}")
+
+
+def _gradients(first: Path, second: Path) -> Iterator[Rung]:
+    for policy in ("on", "off"):
+        name = f"gradients-{policy}.safetensors"
+        figures = list(_tensor_pairs(first / name, second / name))
+        for title, limit, figure in (
+            ("1 - cosine", COSINE_GAP, _cosine_gap),
+            ("norm ratio - 1", NORM_RATIO, _norm_gap),
+            ("relative L2", GRADIENT_L2, _relative_l2),
+        ):
+            worst = max(((figure(a, b), tensor) for tensor, a, b in figures), key=lambda pair: _nan_first(pair[0]))
+            yield Rung(f"gradient {title}, {policy}-policy", *_with_limit(worst, limit))
+
+
+def _with_limit(worst: tuple[float, str], limit: float) -> tuple[float, float, str]:
+    return worst[0], limit, worst[1]
+
+
+def _nan_first(value: float) -> float:
+    return np.inf if np.isnan(value) else value
+
+
+def _states(first: Path, second: Path) -> Iterator[Rung]:
+    """Updates and moments after steps from the same gradients, and the update after one step from live ones."""
+    start = first / "start" / "model.safetensors"
+    for title, folder, limit in (
+        ("update, same gradients", "same-gradients", SAME_GRADIENTS),
+        ("update, live gradients", "live-gradients", LIVE_GRADIENTS),
+    ):
+        file = f"{folder}/model.safetensors"
+        yield Rung(title, *_worst_update(start, first / file, second / file, limit))
+    for moment in ("first_moment", "second_moment"):
+        file = f"same-gradients/{moment}.safetensors"
+        pairs = ((_relative_l2(a, b), name) for name, a, b in _tensor_pairs(first / file, second / file))
+        worst = max(pairs, key=lambda pair: _nan_first(pair[0]))
+        yield Rung(f"{moment.replace('_', ' ')}, same gradients", *_with_limit(worst, SAME_GRADIENTS))
+
+
+def _worst_update(start: Path, first: Path, second: Path, limit: float) -> tuple[float, float, str]:
+    worst = (0.0, "")
+    with safe_open(start, "np") as origin:
+        for name, left, right in _tensor_pairs(first, second):
+            before = origin.get_tensor(name).astype(np.float64)
+            worst = max(
+                worst, (_relative_l2(left - before, right - before), name), key=lambda pair: _nan_first(pair[0])
+            )
+    return _with_limit(worst, limit)
+
+
+def _tensor_pairs(first: Path, second: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    with safe_open(first, "np") as left, safe_open(second, "np") as right:
+        names = sorted(left.keys())
+        if names != sorted(right.keys()):
+            raise ValueError(f"{first} and {second} hold different tensors: {set(names) ^ set(right.keys())}")
+        for name in names:
+            yield name, left.get_tensor(name).astype(np.float64), right.get_tensor(name).astype(np.float64)
+
+
+def _cosine_gap(left: np.ndarray, right: np.ndarray) -> float:
+    return float(1.0 - (left * right).sum() / (np.linalg.norm(left) * np.linalg.norm(right)))
+
+
+def _norm_gap(left: np.ndarray, right: np.ndarray) -> float:
+    return float(abs(np.linalg.norm(left) / np.linalg.norm(right) - 1.0))
+
+
+def _relative_l2(left: np.ndarray, right: np.ndarray) -> float:
+    return float(np.linalg.norm(left - right) / np.linalg.norm(left))
+
+
+def _curves(first: Path, second: Path) -> Iterator[Rung]:
+    left, right = (json.loads((folder / "curve.json").read_text()) for folder in (first, second))
+    for key in ("loss", "mean_logprob"):
+        gaps = [abs(a[key] - b[key]) for a, b in zip(left, right, strict=True)]
+        yield Rung(
+            f"{key.replace('_', ' ')} over {len(gaps)} replayed steps", max(gaps), CURVE, f"step {np.argmax(gaps)}"
+        )
+
+
+def table(rungs: Sequence[Rung]) -> Table:
+    """The ladder for a person."""
+    shown = Table("rung", "figure", "limit", "", "where", title="torch against JAX, fp32")
+    for rung in rungs:
+        mark = "pass" if rung.passed else "[bold red]FAIL[/]"
+        shown.add_row(rung.name, f"{rung.figure:.3g}", f"{rung.limit:.3g}", mark, rung.where)
+    return shown
+
+
+def certificate(config: RunConfig, recording: Path, rungs: Sequence[Rung]) -> dict[str, Any]:
+    """What was compared, with which versions, and how it came out; JSON-ready."""
+    digest = hashlib.sha256()
+    for path in sorted(recording.glob("batch-*.npz")):
+        digest.update(path.read_bytes())
+    return {
+        "passed": all(rung.passed for rung in rungs),
+        "model": config.model.path,
+        "recording_sha256": digest.hexdigest(),
+        "batches": len(list(recording.glob("batch-*.npz"))),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "rungs": [asdict(rung) | {"passed": rung.passed} for rung in rungs],
+        "config": config.model_dump(),
+    }

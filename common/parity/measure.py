@@ -1,0 +1,116 @@
+"""What one engine does for the ladder; every result goes to a folder, so that engines need not share an environment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol, get_args
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from common.config import RunConfig
+from common.config.method import LossConfig
+from common.parity.recording import batches, off_policy
+from common.trainer import PolicyTrainer, Sampling, SamplingPrompt
+from common.types import TrainBatch
+
+OPTIMIZER_STEPS = 10
+GREEDY_TOKENS = 16
+LEARNING_RATE = 1e-5
+
+
+class ParityTrainer(PolicyTrainer, Protocol):
+    """A trainer that also shows its gradients and takes foreign ones, both by Hugging Face name."""
+
+    def named_gradients(self, batch: TrainBatch, loss: LossConfig) -> tuple[float, dict[str, np.ndarray]]:
+        """Loss and gradient of a whole batch under a given loss; nothing is stepped."""
+        ...
+
+    def apply_gradients(self, gradients: Mapping[str, np.ndarray], learning_rate: float) -> None:
+        """One optimizer step from these gradients, clip included."""
+        ...
+
+
+def loss_kinds(config: RunConfig) -> dict[str, LossConfig]:
+    """Every policy loss without KL, and every KL penalty on the config's own loss, by name."""
+    types = get_args(LossConfig.model_fields["type"].annotation)
+    penalties = get_args(LossConfig.model_fields["kl_type"].annotation)
+    kinds = {kind: LossConfig.model_validate({"type": kind}) for kind in types}
+    for penalty in penalties:
+        kinds[penalty] = LossConfig.model_validate({"type": config.loss.type, "kl_type": penalty, "kl_coef": 0.1})
+    return kinds
+
+
+def measure(config: RunConfig, trainer: ParityTrainer, recording: Path, gradients: Path, folder: Path) -> None:
+    """Run every rung on the recorded batches.
+
+    gradients: the safetensors file whose gradients the optimizer rung applies, the same for both engines; written here
+    when it does not exist yet.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    recorded = batches(recording)
+    on, off = recorded[0], off_policy(recorded[0])
+    _sampling(trainer, on, folder)
+    np.save(folder / "logprobs.npy", trainer.logprobs(on, "policy"))
+    losses: dict[str, float] = {}
+    for name, batch in (("on", on), ("off", off)):
+        losses[f"own/{name}"], found = trainer.named_gradients(batch, config.loss)
+        save_file(found, folder / f"gradients-{name}.safetensors")
+    if not gradients.exists():
+        save_file(load_file(folder / "gradients-on.safetensors"), gradients)
+    for kind, loss in loss_kinds(config).items():
+        for name, batch in (("on", on), ("off", off)):
+            losses[f"{kind}/{name}"], _ = trainer.named_gradients(batch, loss)
+    (folder / "losses.json").write_text(json.dumps(losses, indent=1))
+    _steps(trainer, recorded, gradients, folder)
+
+
+def _sampling(trainer: PolicyTrainer, batch: TrainBatch, folder: Path) -> None:
+    """Greedy continuations of the recorded prompts."""
+    prompts = list(_recorded_prompts(batch))[:4]
+    uniforms = np.full((1, GREEDY_TOKENS), 0.5, np.float32)
+    rule = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=GREEDY_TOKENS, stop_ids=(), rows=8)
+    responses = trainer.sample([SamplingPrompt(prompt, uniforms) for prompt in prompts], rule)
+    np.save(folder / "greedy.npy", np.stack([response.token_ids for [response] in responses]))
+
+
+def _recorded_prompts(batch: TrainBatch) -> Iterator[np.ndarray]:
+    for row, segments in enumerate(batch.segment_ids):
+        for segment in range(1, int(segments.max()) + 1):
+            yield batch.token_ids[row, (segments == segment) & ~batch.sampled[row]]
+
+
+def _steps(trainer: ParityTrainer, recorded: list[TrainBatch], gradients: Path, folder: Path) -> None:
+    """The rungs that move the weights, each from the same start."""
+    start = _folder(folder / "start")
+    trainer.save(start)
+    shared = load_file(gradients)
+    for step in range(OPTIMIZER_STEPS):
+        trainer.apply_gradients(_varied(shared, step), LEARNING_RATE)
+    trainer.save(_folder(folder / "same-gradients"))
+    trainer.restore(start)
+    trainer.update(recorded[0], LEARNING_RATE)
+    trainer.save(_folder(folder / "live-gradients"))
+    trainer.restore(start)
+    curve = []
+    for batch in recorded:
+        logprobs = trainer.logprobs(batch, "policy")
+        mean = float(logprobs[batch.sampled].mean())
+        curve.append({"mean_logprob": mean, "loss": trainer.update(batch, LEARNING_RATE)["loss/policy"]})
+    (folder / "curve.json").write_text(json.dumps(curve, indent=1))
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def _varied(gradients: Mapping[str, np.ndarray], step: int) -> dict[str, np.ndarray]:
+    """The shared gradients, each element scaled anew at each step: moments and bias correction have work to do."""
+    rng = np.random.default_rng(step)
+    return {
+        name: gradients[name] * rng.uniform(0.5, 1.5, gradients[name].shape).astype(np.float32)
+        for name in sorted(gradients)
+    }

@@ -1,0 +1,194 @@
+r"""Is the final answer right? The last \boxed{} after the reasoning, or a bare answer, against the reference."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import accumulate
+from typing import Literal, NamedTuple
+
+from common.rewards.rules.format import final_answer
+from common.rewards.rules.math_process import MathProcess
+from common.rewards.verifier import Verifier
+from common.types import Missing, Prompt, Sample, Score
+
+Extract = Literal["boxed", "boxed_or_bare"]
+
+# Texts beyond these are no answers. The math worker's parser takes exponential time in the depth of the brackets, and
+# a policy that stammers brackets should be wrong, not missing.
+LONGEST = 300
+DEEPEST = 10
+
+_DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
+# A number does not continue a word or a number; a minus after a value is a subtraction, not a sign.
+_NUMBER = re.compile(
+    rf"(?<![A-Za-z\d_.])(?P<sign>(?<![)}}\]%])[-+])?"
+    rf"(?:\\frac\{{(?P<over>\d+)\}}\{{(?P<under>\d+)\}}|(?P<top>{_DIGITS})(?: ?/ ?(?P<bottom>{_DIGITS}))?)"
+    r"(?P<exponent>[eE][+-]?\d{1,3})?(?P<percent> ?%)?"
+)
+_CLOSING = re.compile(r"(?s:.*)(?:answer(?: is:?|:| =)|答案(?:[是为][:：]?|[:：]))\s*(\S.*)\Z", re.I)
+_FUNCTION = re.compile(
+    r"\\[A-Za-z]+(?:\{[^{}]*\})?|\b(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|mod|max|min|gcd|lcm|inf)\b"
+)
+_TIDY = [
+    (r"\\[()\[\]!,;: ]|\\?[$€£¥]|\\(?:left|right|displaystyle)\b", ""),
+    (r"\\[dt]frac\b", r"\\frac"),
+    (r"\\%", "%"),
+    (r"\{,\}", ","),
+    (r"[−–]", "-"),
+    (r"^([*_]+)([^*_](?:.*[^*_])?)\1$", r"\2"),
+    (r"^\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}$", r"\1"),
+    (r"^\(([A-Za-z])\)$", r"\1"),
+    (r"\s+", " "),
+]
+_CLOSING_MARKS = ".。,;；，"
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The content of the last \boxed{...}, braces matched; None if there is none or the last is not closed."""
+    starts = [found.end() for found in re.finditer(r"\\boxed\s*\{", text)]
+    if not starts:
+        return None
+    content = text[starts[-1] :]
+    depth = 1
+    for brace in re.finditer(r"(?<!\\)[{}]", content):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return content[: brace.start()]
+    return None
+
+
+def normalise(text: str) -> str:
+    """The text without what does not change its value: math delimiters, emphasis, a leading "=", a final period."""
+    text = text.translate(_FULL_WIDTH)
+    for pattern, replacement in _TIDY:
+        text = re.sub(pattern, replacement, text.strip().rstrip(_CLOSING_MARKS))
+    return text.removeprefix("=").strip().rstrip(_CLOSING_MARKS)
+
+
+class Number(NamedTuple):
+    """A number as written: "12%" is 12 with a percent sign."""
+
+    value: Fraction
+    percent: bool
+
+    def equals(self, other: Number) -> bool:
+        """Exactly, but for the rounding of decimals (1/3 and 0.333333). 12% equals 12 and 0.12."""
+        if self.percent == other.percent:
+            return _close(self.value, other.value)
+        part, whole = (self.value, other.value) if self.percent else (other.value, self.value)
+        return _close(part, whole) or _close(part / 100, whole)
+
+
+def _close(one: Fraction, other: Fraction) -> bool:
+    return abs(one - other) <= min(max(abs(one), abs(other)), 1) / 10**6
+
+
+def _as_number(found: re.Match[str]) -> Number | None:
+    top, bottom = found["over"] or found["top"], found["under"] or found["bottom"] or "1"
+    numerator, denominator = (Fraction(part.replace(",", "")) for part in (top, bottom))
+    if not denominator:
+        return None
+    scale = Fraction(f"1{found['exponent'] or ''}")
+    sign = -1 if found["sign"] == "-" else 1
+    return Number(sign * numerator / denominator * scale, found["percent"] is not None)
+
+
+def read_number(text: str) -> Number | None:
+    """The number that a normalised text is: "1,234.50", "-3/4", "12%"; None if it is anything else."""
+    found = _NUMBER.fullmatch(text) if len(text) <= LONGEST else None
+    return _as_number(found) if found else None
+
+
+def bare_answers(text: str, reference: str) -> list[str]:
+    """What may be meant as the answer in a text without a box.
+
+    The last number if the reference is a number, otherwise what follows a closing "the answer is", and the whole text.
+    """
+    text = text.replace("**", "").replace("__", "").strip()
+    if read_number(normalise(reference)):
+        return [found[0] for found in _NUMBER.finditer(normalise(text))][-1:]
+    closing = _CLOSING.match(text)  # anchored: `search` would try every start
+    return [*([closing[1]] if closing else []), text]
+
+
+def _prose_words(text: str) -> int:
+    """Words of a text that is read as formula: three letters or more that are no function and no LaTeX command."""
+    return len(re.findall(r"[^\W\d_]{3,}", _FUNCTION.sub(" ", text)))
+
+
+def _is_formula(reference: str, answer: str) -> bool:
+    """May the two be compared mathematically? As products of letters, "listen" and "silent" would be equal."""
+    if len(answer) > LONGEST or _prose_words(reference) or _prose_words(answer) > 3:
+        return False
+    steps = (1 if bracket in "([{" else -1 for bracket in re.findall(r"[(){}\[\]]", answer))
+    return max(accumulate(steps), default=0) <= DEEPEST
+
+
+class AnswerMatch(Verifier):
+    r"""1 if the final answer equals the reference (a text or a number), else 0.
+
+    `extract`: "boxed" takes the last \boxed{} after the reasoning; "boxed_or_bare" takes a bare answer where there
+    is no box. Compared exactly after normalisation, then as numbers, then with math-verify in a process of its own,
+    `limit_s` seconds each; a comparison that runs out of time is `Missing`. A reference in words, and an answer of more
+    than 300 characters or 10 nested brackets, must match exactly.
+    """
+
+    name = "answer"
+
+    def __init__(self, extract: Extract = "boxed", limit_s: float = 5.0) -> None:
+        if extract not in ("boxed", "boxed_or_bare"):
+            raise ValueError(f'answer.extract = "{extract}": must be "boxed" or "boxed_or_bare".')
+        if not limit_s > 0:
+            raise ValueError(f"answer.limit_s = {limit_s}: must be greater than 0.")
+        self.extract = extract
+        self._math = MathProcess(limit_s)
+
+    def check_reference(self, prompt: Prompt) -> None:
+        """Raise ValueError unless the reference is a non-blank text or a finite number."""
+        reference = prompt.reference
+        is_number = isinstance(reference, int | float) and not isinstance(reference, bool)
+        if not (is_number and math.isfinite(reference)) and not (isinstance(reference, str) and normalise(reference)):
+            raise ValueError(f"The reference must be a non-blank text or a finite number; got {reference!r}.")
+
+    def score(self, samples: Sequence[Sample]) -> list[Score | Missing]:
+        compared: dict[tuple[str, str], bool | Missing] = {}  # a group often repeats an answer
+        return [self._judge(sample, compared) for sample in samples]
+
+    def close(self) -> None:
+        """End the math worker."""
+        self._math.close()
+
+    def _judge(self, sample: Sample, compared: dict[tuple[str, str], bool | Missing]) -> Score | Missing:
+        reference = normalise(str(sample.prompt.reference))
+        text = final_answer(sample.rollout)
+        boxed = last_boxed(text)
+        answers = [boxed] if boxed is not None else []
+        if boxed is None and self.extract == "boxed_or_bare" and r"\boxed" not in text:
+            answers = bare_answers(text, reference)
+        answers = [answer for answer in map(normalise, answers) if answer]
+        if not answers:
+            return Score(0.0, f'no answer found, reference "{reference}"')
+        failure = None
+        for answer in answers:
+            equal = self._equal(reference, answer, compared)
+            if isinstance(equal, Missing):
+                failure = equal
+            elif equal:
+                return Score(1.0, f'answer "{answer[:LONGEST]}" equals reference "{reference}"')
+        return failure or Score(0.0, f'answer "{answers[0][:LONGEST]}" differs from reference "{reference}"')
+
+    def _equal(self, reference: str, answer: str, compared: dict[tuple[str, str], bool | Missing]) -> bool | Missing:
+        if reference.casefold() == answer.casefold():
+            return True
+        numbers = read_number(reference), read_number(answer)
+        if numbers[0] and numbers[1]:
+            return numbers[0].equals(numbers[1])
+        if not _is_formula(reference, answer):
+            return False
+        if (reference, answer) not in compared:
+            compared[reference, answer] = self._math.equal(reference, answer)
+        return compared[reference, answer]

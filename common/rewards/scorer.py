@@ -1,0 +1,104 @@
+"""Rollout groups -> rewards. Each response goes to the verifiers of its label and to no other.
+
+A missing score is counted and named; it never becomes a number. Its whole group is dropped, and more than
+`rewards.max_missing` of them in one call stop the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.rewards.recipe import Recipe
+from common.types import Missing, Reward, RolloutGroup, Sample, Score
+
+
+class ScoreMissing(RuntimeError):
+    """More scores are missing than the config allows; the message names the verifier and the first reason."""
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """A rollout group with one reward per response, in order."""
+
+    group: RolloutGroup
+    rewards: tuple[Reward, ...]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What came of scoring a list of groups: the complete ones, and how many scores each verifier left out."""
+
+    groups: tuple[ScoredGroup, ...]
+    missing: dict[str, int]
+
+
+class Scorer:
+    """Scores groups by a recipe."""
+
+    def __init__(self, recipe: Recipe, max_missing: int) -> None:
+        self.recipe = recipe
+        self._max_missing = max_missing
+
+    def score(self, groups: Sequence[RolloutGroup]) -> Scored:
+        """Rewards of all groups. Raises ScoreMissing past the limit."""
+        samples = [Sample(group.prompt, rollout) for group in groups for rollout in group.rollouts]
+        results: list[dict[str, Score | Missing]] = [{} for _ in samples]
+        for name, verifier in self.recipe.verifiers.items():
+            chosen = [index for index, sample in enumerate(samples) if name in self.recipe.terms[sample.prompt.label]]
+            scores = verifier.score([samples[index] for index in chosen])
+            for index, score in zip(chosen, scores, strict=True):
+                results[index][name] = score
+        self._check_missing(results)
+        return self._collect(groups, results)
+
+    def _check_missing(self, results: list[dict[str, Score | Missing]]) -> None:
+        missing = [(name, score) for result in results for name, score in result.items() if isinstance(score, Missing)]
+        if len(missing) > self._max_missing:
+            name, first = missing[0]
+            raise ScoreMissing(
+                f'verifier "{name}": {len(missing)} of {sum(map(len, results))} scores missing, the first because '
+                f"{first.reason}. Limit is {self._max_missing} (rewards.max_missing)."
+            )
+
+    def _collect(self, groups: Sequence[RolloutGroup], results: list[dict[str, Score | Missing]]) -> Scored:
+        complete, missing, start = [], dict.fromkeys(self.recipe.verifiers, 0), 0
+        for group in groups:
+            members = results[start : start + len(group.rollouts)]
+            start += len(group.rollouts)
+            absent = [name for member in members for name, score in member.items() if isinstance(score, Missing)]
+            for name in absent:
+                missing[name] += 1
+            if not absent:
+                terms = self.recipe.terms[group.prompt.label]
+                complete.append(ScoredGroup(group, tuple(_reward(terms, member) for member in members)))
+        if groups and not complete:
+            raise ScoreMissing(
+                f"every one of {len(groups)} groups lost a score ({missing}), so nothing is left to train on."
+            )
+        return Scored(tuple(complete), missing)
+
+
+def _reward(terms: dict[str, float], scores: dict[str, Score | Missing]) -> Reward:
+    present = {name: score for name, score in scores.items() if isinstance(score, Score)}
+    return Reward(sum(weight * present[name].value for name, weight in terms.items()), present)
+
+
+def score_arrays(
+    groups: Sequence[ScoredGroup], recipe: Recipe
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Totals [P G], scores [P G K], presence [P G K] bool and recipe weights [P K] of groups of one size, float64."""
+    names = list(recipe.verifiers)
+    rewards = [scored.rewards for scored in groups]
+    totals = np.array([[reward.total for reward in row] for row in rewards], np.float64)
+    present = np.array([[[name in reward.scores for name in names] for reward in row] for row in rewards], bool)
+    values = [[[_value(reward, name) for name in names] for reward in row] for row in rewards]
+    weights = [[recipe.terms[scored.group.prompt.label].get(name, 0.0) for name in names] for scored in groups]
+    return totals, np.array(values, np.float64), present, np.array(weights, np.float64)
+
+
+def _value(reward: Reward, name: str) -> float:
+    score = reward.scores.get(name)
+    return np.nan if score is None else score.value

@@ -1,0 +1,269 @@
+"""The decoder: its modules, which define parameters and names, and the forward pass over packed rows.
+
+Modules are Flax NNX and are split once: what is trained, sharded and saved is a plain nested dict of arrays in which
+the parameters of all blocks are stacked, [L ...]. The functions here are pure; the blocks run under one `lax.scan`.
+
+Letters: B rows, T tokens, D model width, V vocabulary, L layers, S keys. Weights are [out in], as Hugging Face does.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from safework_jax.models.decoder.config import DecoderConfig
+from safework_jax.models.decoder.rope import Rope
+
+Params = dict[str, Any]
+Remat = Literal["none", "dots", "full"]
+
+_REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of every token's rotary angles, float32 [... head_dim/2]."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+class KeyValues(NamedTuple):
+    """What attention remembers of tokens: keys and values, each [... KV heads, S, head_dim]."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+# (query [B T heads head_dim], keys and values of the same tokens) -> (mixed values, what the caller keeps of them)
+Attend = Callable[[jax.Array, KeyValues], tuple[jax.Array, Any]]
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...]) -> nnx.Param:
+    return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
+
+
+class Embedding(nnx.Module):
+    """A vector per token."""
+
+    def __init__(self, vocab_size: int, dim: int, rngs: nnx.Rngs) -> None:
+        self.weight = _normal(rngs, (vocab_size, dim))
+
+    def __call__(self, token_ids: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """[B T] -> [B T D], in the dtype that everything after computes in."""
+        return self.weight[...][token_ids].astype(dtype)
+
+
+class Linear(nnx.Module):
+    """x W^T + b, in the dtype of x."""
+
+    def __init__(self, in_dim: int, out_dim: int, bias: bool, rngs: nnx.Rngs) -> None:
+        self.weight = _normal(rngs, (out_dim, in_dim))
+        self.bias = nnx.Param(jnp.zeros(out_dim)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[... in] -> [... out]"""
+        y = x @ self.weight[...].astype(x.dtype).T
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Vectors scaled to mean square 1, computed in float32, then weighted in the dtype of x."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        self.weight = nnx.Param(jnp.ones(dim))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[... dim] -> [... dim]"""
+        wide = x.astype(jnp.float32)
+        unit = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return self.weight[...].astype(x.dtype) * unit.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions; which tokens see which is the caller's `attend`."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
+        self.head_dim = config.head_dim
+        query_dim, key_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.query = Linear(config.hidden_dim, query_dim, config.qkv_bias, rngs)
+        self.key = Linear(config.hidden_dim, key_dim, config.qkv_bias, rngs)
+        self.value = Linear(config.hidden_dim, key_dim, config.qkv_bias, rngs)
+        self.output = Linear(query_dim, config.hidden_dim, config.output_bias, rngs)
+        self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.query_key_norm else None
+        self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.query_key_norm else None
+
+    def __call__(self, x: jax.Array, rotation: Rotation, attend: Attend) -> tuple[jax.Array, Any]:
+        """x [B T D] -> ([B T D], what `attend` keeps)"""
+        query, key, value = (
+            linear(x).reshape(*x.shape[:-1], -1, self.head_dim) for linear in (self.query, self.key, self.value)
+        )
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        new = KeyValues(rotate(key, rotation).swapaxes(-3, -2), value.swapaxes(-3, -2))
+        mixed, kept = attend(rotate(query, rotation), new)
+        return self.output(mixed.reshape(*x.shape[:-1], -1)), kept
+
+
+class MLP(nnx.Module):
+    """The gated feed-forward part."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
+        self.gate = Linear(config.hidden_dim, config.mlp_dim, config.mlp_bias, rngs)
+        self.up = Linear(config.hidden_dim, config.mlp_dim, config.mlp_bias, rngs)
+        self.down = Linear(config.mlp_dim, config.hidden_dim, config.mlp_bias, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B T D] -> [B T D]"""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """One layer: attention, then MLP, each on the normed residual stream and added to it."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
+        self.attention_norm = RMSNorm(config.hidden_dim, config.norm_eps)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = RMSNorm(config.hidden_dim, config.norm_eps)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(self, x: jax.Array, rotation: Rotation, attend: Attend) -> tuple[jax.Array, Any]:
+        """x [B T D] -> ([B T D], what `attend` keeps)"""
+        mixed, kept = self.attention(self.attention_norm(x), rotation, attend)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), kept
+
+
+class Decoder(nnx.Module):
+    """Everything that has parameters. `layers` is one Block whose parameters have a leading layer dimension."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
+        self.embed = Embedding(config.vocab_size, config.hidden_dim, rngs)
+        stack = nnx.split_rngs(splits=config.num_layers)(nnx.vmap(functools.partial(Block, config)))
+        self.layers = stack(rngs)
+        self.norm = RMSNorm(config.hidden_dim, config.norm_eps)
+        self.head = None if config.tied_embeddings else Linear(config.hidden_dim, config.vocab_size, False, rngs)
+
+
+@functools.cache
+def _structure(config: DecoderConfig) -> nnx.GraphDef[Decoder]:
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))[0]
+
+
+def bind(config: DecoderConfig, params: Params) -> Decoder:
+    """The modules with these parameters in them; free inside jit, where it only happens while tracing."""
+    return nnx.merge(_structure(config), params)
+
+
+def init_params(config: DecoderConfig, key: jax.Array, dtype: DTypeLike) -> Params:
+    """Random parameters: weights normal with deviation 0.02, norms 1, biases 0."""
+    params = nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(params=key)), nnx.Param))
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def head_weight(config: DecoderConfig, params: Params) -> jax.Array:
+    """The matrix that turns hidden states into logits, [V D]."""
+    return params["embed" if config.tied_embeddings else "head"]["weight"]
+
+
+def rotation_at(rope: Rope, positions: jax.Array) -> Rotation:
+    """positions [...] -> the rotation of each, float32 whatever the compute dtype: bfloat16 cannot count to 257."""
+    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(rope.frequencies, jnp.float32)
+    return Rotation(rope.scale * jnp.cos(angles), rope.scale * jnp.sin(angles))
+
+
+def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
+    """Turn each pair (i, i + head_dim/2) of every head: [... heads head_dim] -> the same shape and dtype."""
+    cos, sin = rotation.cos[..., None, :], rotation.sin[..., None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def visible_tokens(positions: jax.Array, segment_ids: jax.Array, window: jax.Array) -> jax.Array:
+    """Who sees whom in packed rows: [B T], [B T], [] -> bool [B T S], True where token t may attend to token s.
+
+    Always itself, so that no row of scores is empty: padding, segment 0, sees padding.
+    """
+    index = jnp.arange(positions.shape[1])
+    earlier = index[:, None] >= index
+    same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
+    near = positions[:, :, None] - positions[:, None, :] < window
+    return earlier & same_segment & near
+
+
+def attention(query: jax.Array, remembered: KeyValues, visible: jax.Array) -> jax.Array:
+    """The masked reference: query [B T heads head_dim], keys [B KV S head_dim], visible [B T S] -> shape of query.
+
+    Heads that share a key head stay together as one matrix product; scores and softmax are float32.
+    """
+    keys, values = remembered
+    grouped = query.reshape(*query.shape[:2], keys.shape[1], -1, query.shape[-1])
+    scores = jnp.einsum("btkgd,bksd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
+    scores = scores * query.shape[-1] ** -0.5
+    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    return jnp.einsum("bkgts,bksd->btkgd", weights, values).reshape(query.shape)
+
+
+def run_layers(
+    config: DecoderConfig,
+    decoder: Decoder,
+    token_ids: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    keep: bool,
+    remat: Remat,
+    compute_dtype: DTypeLike,
+) -> tuple[jax.Array, KeyValues | None]:
+    """Embed packed rows [B T] and run all blocks over them.
+
+    Returns the hidden states before the final norm [B T D] and, with `keep`, every layer's keys and values
+    [L B KV T head_dim].
+    """
+    structure, stacked = nnx.split(decoder.layers)
+    rotation = rotation_at(config.rope, positions)
+
+    def run_block(x: jax.Array, layer: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, KeyValues | None]:
+        params, window = layer
+
+        def attend(query: jax.Array, new: KeyValues) -> tuple[jax.Array, KeyValues | None]:
+            return attention(query, new, visible_tokens(positions, segment_ids, window)), new if keep else None
+
+        return nnx.merge(structure, params)(x, rotation, attend)
+
+    if remat != "none":
+        # A scan is its own barrier against merging the recomputation with the forward pass.
+        run_block = jax.checkpoint(run_block, policy=_REMAT_POLICIES[remat], prevent_cse=False)
+    x = decoder.embed(token_ids, compute_dtype)
+    return jax.lax.scan(run_block, x, (stacked, jnp.asarray(config.windows, jnp.int32)))
+
+
+def hidden_states(
+    config: DecoderConfig,
+    params: Params,
+    token_ids: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    remat: Remat,
+    compute_dtype: DTypeLike,
+) -> jax.Array:
+    """Final-normed hidden states of packed rows: int [B T] three times -> compute_dtype [B T D].
+
+    remat is what the backward pass recomputes: nothing, all but the matrix products, or whole blocks.
+    """
+    decoder = bind(config, params)
+    x, _ = run_layers(
+        config, decoder, token_ids, positions, segment_ids, keep=False, remat=remat, compute_dtype=compute_dtype
+    )
+    return decoder.norm(x)

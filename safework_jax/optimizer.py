@@ -1,0 +1,51 @@
+"""The written AdamW rule in optax: eps outside the root, decoupled decay on matrices only, one global-norm clip."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from common.config.method import OptimizerConfig
+from safework_jax.models.decoder.names import is_stacked
+from safework_jax.sharding import parameter_path
+
+
+def _is_matrix(path: tuple[Any, ...], leaf: jax.Array) -> bool:
+    # A stacked norm weight is [L D] and still a vector: its leading dimension counts layers.
+    return leaf.ndim - is_stacked(parameter_path(path)) >= 2
+
+
+def init_moments(params: Any) -> optax.ScaleByAdamState:
+    """Zero moments, each placed like its parameter, and a step count of 0."""
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.zeros_like, params))
+
+
+@jax.jit
+def global_norm(gradients: Any) -> jax.Array:
+    """Root of the sum of squares of all elements, fp32 scalar."""
+    return optax.global_norm(gradients)
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames=("params", "moments"))
+def step(
+    config: OptimizerConfig,
+    params: Any,
+    moments: optax.ScaleByAdamState,
+    gradients: Any,
+    norm: jax.Array,
+    rate: jax.Array,
+) -> tuple[Any, optax.ScaleByAdamState]:
+    """Scale gradients of global norm `norm` down to `clip_norm` if they exceed it, then one AdamW step at `rate`."""
+    scale = jnp.where(norm > config.clip_norm, config.clip_norm / norm, 1.0)
+    gradients = jax.tree.map(lambda gradient: gradient * scale, gradients)
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+    decay = optax.add_decayed_weights(config.weight_decay, partial(jax.tree_util.tree_map_with_path, _is_matrix))
+    direction, after = adam.update(gradients, moments)
+    direction, _ = decay.update(direction, decay.init(params), params)
+    assert isinstance(after, optax.ScaleByAdamState)
+    return jax.tree.map(lambda parameter, change: parameter - rate * change, params, direction), after

@@ -1,0 +1,181 @@
+"""The embedded sampler: prompts prefilled once, responses decoded side by side over a static KV cache.
+
+The default on a CPU and wherever no engine serves. Each token comes from its own uniform number by inverse CDF, so it
+does not matter which rows decode together or in which order they finish. Shapes come in few sizes, so that few programs
+are compiled: prompts are padded to `PROMPT_STEP` tokens, row counts to halvings of the largest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common.trainer import Response, Sampling, SamplingPrompt
+from safework_jax.models.decoder.cache import Cache, decode, expand_cache, prefill, unstack_layers
+from safework_jax.models.decoder.config import DecoderConfig
+from safework_jax.models.decoder.text import KeyValues, Params, head_weight
+from safework_jax.token_choice import choose
+
+PROMPT_STEP = 64
+SMALLEST_ROWS = 8
+
+
+def sample(
+    config: DecoderConfig, params: Params, prompts: Sequence[SamplingPrompt], sampling: Sampling, dtype: jnp.dtype
+) -> list[list[Response]]:
+    """G responses for each prompt, `sampling.rows` decoded at a time; see PolicyTrainer.sample."""
+    requests = [(index, row) for index, prompt in enumerate(prompts) for row in range(len(prompt.uniforms))]
+    responses: list[list[Response]] = [[] for _ in prompts]
+    layers = unstack_layers(params)
+    for start in range(0, len(requests), sampling.rows):
+        chunk = requests[start : start + sampling.rows]
+        decoded = _Chunk(config, params, layers, prompts, chunk, sampling, dtype).decode()
+        for (index, _), response in zip(chunk, decoded, strict=True):
+            responses[index].append(response)
+    return responses
+
+
+class _Chunk:
+    """One set of responses being decoded together.
+
+    `request` [R] says which response a row decodes, -1 for a row that only fills up the program's size. Finished rows
+    stay until half of them are; then the rest moves to the next smaller size.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        params: Params,
+        layers: Any,
+        prompts: Sequence[SamplingPrompt],
+        chunk: list[tuple[int, int]],
+        sampling: Sampling,
+        dtype: jnp.dtype,
+    ) -> None:
+        self._config, self._params, self._layers, self._sampling = config, params, layers, sampling
+        indices = sorted({index for index, _ in chunk})
+        token_ids, lengths = _padded([prompts[index].token_ids for index in indices])
+        last, prompt_cache = _prefill(config, params, token_ids, lengths, dtype)
+        self._request = _fill(np.arange(len(chunk)), _row_count(len(chunk)))
+        source = np.array([indices.index(index) for index, _ in chunk])[self._request]
+        self._cache: Cache = _expand(prompt_cache, source, token_ids.shape[1] + sampling.max_new_tokens)
+        self._positions = lengths[source]
+        self._uniforms = np.stack([prompts[index].uniforms[row] for index, row in chunk])
+        self._first = last[source]
+        self._tokens = np.zeros((len(chunk), sampling.max_new_tokens), np.int32)
+        self._logprobs = np.zeros(self._tokens.shape, np.float32)
+        self._counts = np.zeros(len(chunk), np.int64)
+
+    def decode(self) -> list[Response]:
+        """Run to the end; responses in the order of the chunk."""
+        running = self._request >= 0
+        chosen, logprob = _choose(
+            self._params, self._config, self._first, self._uniforms[self._request, 0], self._sampling
+        )
+        for step in range(self._sampling.max_new_tokens):
+            running = self._record(step, np.asarray(chosen), np.asarray(logprob), running)
+            if not running.any() or step + 1 == self._sampling.max_new_tokens:
+                break
+            if _row_count(int(running.sum())) < len(running):
+                chosen, running = self._compact(np.asarray(chosen), running)
+            chosen, logprob, self._cache = _advance(
+                self._params,
+                self._layers,
+                chosen,
+                self._positions,
+                self._cache,
+                self._uniforms[self._request, step + 1],
+                config=self._config,
+                sampling=self._sampling,
+            )
+            self._positions = self._positions + 1
+        return list(self._responses())
+
+    def _record(self, step: int, chosen: np.ndarray, logprob: np.ndarray, running: np.ndarray) -> np.ndarray:
+        """Keep what running rows chose; returns which of them go on."""
+        request = self._request[running]
+        self._tokens[request, step] = chosen[running]
+        self._logprobs[request, step] = logprob[running]
+        self._counts[request] = step + 1
+        return running & ~np.isin(chosen, self._sampling.stop_ids)
+
+    def _compact(self, chosen: np.ndarray, running: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        left = np.flatnonzero(running)
+        size = _row_count(len(left))
+        rows = np.concatenate([left, np.full(size - len(left), left[0])])
+        self._request, self._positions = self._request[rows], self._positions[rows]
+        self._cache = _take(self._cache, rows)
+        return chosen[rows], np.arange(size) < len(left)
+
+    def _responses(self) -> Iterator[Response]:
+        for row, count in enumerate(self._counts):
+            ids = self._tokens[row, :count].copy()
+            reason = "stop" if int(ids[-1]) in self._sampling.stop_ids else "length"
+            yield Response(ids, self._logprobs[row, :count].copy(), reason)
+
+
+def _padded(prompts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts side by side, padded on the right: int32 [P S] and their lengths [P]. P is a power of two."""
+    count = 1 << (len(prompts) - 1).bit_length()
+    lengths = np.ones(count, np.int32)
+    lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
+    token_ids = np.zeros((count, -(-int(lengths.max()) // PROMPT_STEP) * PROMPT_STEP), np.int32)
+    for row, prompt in enumerate(prompts):
+        token_ids[row, : len(prompt)] = prompt
+    return token_ids, lengths
+
+
+def _row_count(rows: int) -> int:
+    """The program size that holds so many rows: a power of two, at least SMALLEST_ROWS."""
+    return max(SMALLEST_ROWS, 1 << (rows - 1).bit_length())
+
+
+def _fill(rows: np.ndarray, size: int) -> np.ndarray:
+    return np.concatenate([rows, np.full(size - len(rows), -1)])
+
+
+@partial(jax.jit, static_argnames=("config", "dtype"))
+def _prefill(
+    config: DecoderConfig, params: Params, token_ids: jax.Array, lengths: jax.Array, dtype: jnp.dtype
+) -> tuple[jax.Array, KeyValues]:
+    return prefill(config, params, token_ids, lengths, compute_dtype=dtype)
+
+
+@partial(jax.jit, static_argnames="num_slots")
+def _expand(prompts: KeyValues, prompt_index: jax.Array, num_slots: int) -> Cache:
+    return expand_cache(prompts, prompt_index, num_slots)
+
+
+@partial(jax.jit, static_argnames=("config", "sampling"))
+def _choose(
+    params: Params, config: DecoderConfig, hidden: jax.Array, uniforms: jax.Array, sampling: Sampling
+) -> tuple[jax.Array, jax.Array]:
+    logits = hidden @ head_weight(config, params).astype(hidden.dtype).T
+    return choose(logits.astype(jnp.float32), uniforms, sampling)
+
+
+@partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames="cache")
+def _advance(
+    params: Params,
+    layers: Any,
+    chosen: jax.Array,
+    positions: jax.Array,
+    cache: Cache,
+    uniforms: jax.Array,
+    *,
+    config: DecoderConfig,
+    sampling: Sampling,
+) -> tuple[jax.Array, jax.Array, Cache]:
+    """Append the chosen token to every row and choose the next one."""
+    hidden, cache = decode(config, params, layers, chosen, positions, cache)
+    return *_choose(params, config, hidden, uniforms, sampling), cache
+
+
+@jax.jit
+def _take(cache: Cache, rows: jax.Array) -> Cache:
+    return jax.tree.map(lambda x: x[rows], cache)

@@ -1,0 +1,59 @@
+"""One mesh and one small table: where each parameter and each batch array lives."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from common.config import ConfigError
+
+AXES = ("replica", "fsdp", "context", "tensor")
+ROWS = PartitionSpec(("replica", "fsdp"))
+
+# First match wins. Stacked blocks have a leading layer dimension, which is never split.
+PLACEMENT = (
+    (r"(embed|head)\.weight", PartitionSpec("tensor", "fsdp")),
+    (r"layers\..*\.(query|key|value|gate|up)\.weight", PartitionSpec(None, "tensor", "fsdp")),
+    (r"layers\..*\.(output|down)\.weight", PartitionSpec(None, "fsdp", "tensor")),
+    (r".*", PartitionSpec()),
+)
+
+
+def make_mesh(fsdp: int) -> Mesh:
+    """The device mesh. Raises ConfigError when there are fewer devices than asked for."""
+    devices = jax.devices()
+    if len(devices) < fsdp:
+        raise ConfigError(
+            f"backend.jax.fsdp = {fsdp}: only {len(devices)} devices are visible ({devices[0].platform}). "
+            "Lower it, or run on more devices."
+        )
+    return jax.make_mesh((1, fsdp, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:fsdp])
+
+
+def parameter_path(path: tuple[Any, ...]) -> str:
+    """A pytree path as `layers.mlp.up.weight`."""
+    return ".".join(str(entry.key) for entry in path)
+
+
+def place_parameter(path: str, array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Put one parameter where the table says.
+
+    Raises ConfigError when a dimension does not divide over the devices it is placed on.
+    """
+    spec = next(spec for pattern, spec in PLACEMENT if re.fullmatch(pattern, path))
+    for size, axis in zip(array.shape, spec, strict=False):
+        if axis is not None and size % mesh.shape[axis]:
+            raise ConfigError(
+                f"backend.jax.{axis} = {mesh.shape[axis]}: does not divide {path} of shape {array.shape}. "
+                f"Choose a number of devices that divides {size}."
+            )
+    return jax.device_put(array, NamedSharding(mesh, spec))
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """Batch arrays [B ...] are split by rows."""
+    return NamedSharding(mesh, ROWS)

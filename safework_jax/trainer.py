@@ -1,0 +1,167 @@
+"""JaxTrainer: the PolicyTrainer of `common/trainer.py` on JAX."""
+
+from __future__ import annotations
+
+import math
+import resource
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common.algorithms.objective import Sums, TokenArrays, add_sums, objective, update_record
+from common.config import ConfigError, RunConfig
+from common.config.method import LossConfig
+from common.trainer import NonFiniteUpdate, Response, Sampling, SamplingPrompt
+from common.types import TrainBatch
+from safework_jax import optimizer
+from safework_jax.checkpoint import named, restore_state, save_state, stacked
+from safework_jax.config import JaxSection
+from safework_jax.model import load_model
+from safework_jax.models.decoder.config import DecoderConfig
+from safework_jax.models.decoder.text import Params, Remat, head_weight, hidden_states
+from safework_jax.sampling import sample
+from safework_jax.sharding import make_mesh, place_parameter, rows_sharding
+from safework_jax.token_logprobs import token_logprobs
+
+Arrays = dict[str, jax.Array]
+
+
+class Program(NamedTuple):
+    """What a compiled pass depends on besides its arrays; hashable, a static argument of jit."""
+
+    model: DecoderConfig
+    loss: LossConfig
+    temperature: float
+    recompute: Remat
+    dtype: jnp.dtype
+
+
+class JaxTrainer:
+    """A Flax decoder with fp32 master weights over one mesh, its AdamW state, and the reference model."""
+
+    def __init__(self, config: RunConfig, section: JaxSection, policy: Path, reference: Path | None) -> None:
+        if config.batch.rows_per_microbatch % section.fsdp:
+            raise ConfigError(
+                f"batch.rows_per_microbatch = {config.batch.rows_per_microbatch}: does not divide over "
+                f"backend.jax.fsdp = {section.fsdp} devices. Choose a multiple of {section.fsdp}."
+            )
+        self._config = config
+        self._dtype = jnp.dtype(config.backend.dtype)
+        self._mesh = make_mesh(section.fsdp)
+        model, self._params = self._load(policy)
+        self._program = self._program_for(model)
+        self._reference = None if reference is None else self._load(reference)
+        self._moments = optimizer.init_moments(self._params)
+
+    def _load(self, folder: Path) -> tuple[DecoderConfig, Params]:
+        return load_model(folder, jnp.float32, partial(place_parameter, mesh=self._mesh))
+
+    def _program_for(self, model: DecoderConfig) -> Program:
+        config = self._config
+        return Program(model, config.loss, config.rollout.temperature, config.backend.recompute, self._dtype)
+
+    def update(self, batch: TrainBatch, learning_rate: float) -> dict[str, float]:
+        """One optimizer step; see PolicyTrainer."""
+        loss, sums, gradients = self._accumulate(batch, self._config.loss)
+        norm = optimizer.global_norm(gradients)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise NonFiniteUpdate(f"loss {loss}, gradient norm {float(norm)}.")
+        self._step(gradients, norm, learning_rate)
+        return update_record(sums, float(norm))
+
+    def _step(self, gradients: Params, norm: jax.Array, learning_rate: float) -> None:
+        self._params, self._moments = optimizer.step(
+            self._config.optimizer, self._params, self._moments, gradients, norm, learning_rate
+        )
+
+    def _accumulate(self, batch: TrainBatch, loss_config: LossConfig) -> tuple[float, Sums, Params]:
+        """The loss over the whole batch, its statistics as floats, and its gradient."""
+        program = self._program._replace(loss=loss_config)
+        gradients = jax.tree.map(jnp.zeros_like, self._params)
+        total, sums = 0.0, None
+        for rows in self._microbatches(batch):
+            gradients, loss, part = _accumulate(self._params, gradients, rows, program)
+            total += float(loss)
+            sums = part if sums is None else add_sums(sums, part)
+        assert sums is not None, "a batch has rows"
+        return total, Sums(*(float(value) for value in sums)), gradients
+
+    def logprobs(self, batch: TrainBatch, which: Literal["policy", "reference"]) -> np.ndarray:
+        """float32 [B T] of the policy or the reference; see PolicyTrainer."""
+        program, params = self._program, self._params
+        if which == "reference":
+            assert self._reference is not None, "loss.kl_coef is 0, so no reference was loaded"
+            program, params = self._program_for(self._reference[0]), self._reference[1]
+        parts = [_logprobs(params, rows, program)[0] for rows in self._microbatches(batch)]
+        return np.concatenate([np.asarray(part) for part in parts])
+
+    def _microbatches(self, batch: TrainBatch) -> Iterator[Arrays]:
+        """The batch's arrays on the mesh, `rows_per_microbatch` rows at a time."""
+        size = self._config.batch.rows_per_microbatch
+        arrays = {name: array for name, array in vars(batch).items() if array is not None}
+        for start in range(0, len(batch.token_ids), size):
+            rows = {name: array[start : start + size] for name, array in arrays.items()}
+            yield jax.device_put(rows, rows_sharding(self._mesh))
+
+    def sample(self, prompts: Sequence[SamplingPrompt], sampling: Sampling) -> list[list[Response]]:
+        """Responses from the embedded sampler; see PolicyTrainer."""
+        return sample(self._program.model, self._params, prompts, sampling, self._dtype)
+
+    def named_gradients(self, batch: TrainBatch, loss: LossConfig) -> tuple[float, dict[str, np.ndarray]]:
+        """Loss and gradient by Hugging Face name; see ParityTrainer."""
+        value, _, gradients = self._accumulate(batch, loss)
+        return value, named(gradients, self._program.model.num_layers)
+
+    def apply_gradients(self, gradients: Mapping[str, np.ndarray], learning_rate: float) -> None:
+        """One optimizer step from given gradients; see ParityTrainer."""
+        tree = stacked(gradients, self._params, self._program.model.num_layers)
+        self._step(tree, optimizer.global_norm(tree), learning_rate)
+
+    def save(self, directory: Path) -> None:
+        """Parameters and moments; see PolicyTrainer."""
+        save_state(self._params, self._moments, self._program.model.num_layers, directory)
+
+    def restore(self, directory: Path) -> None:
+        """What `save` wrote; see PolicyTrainer."""
+        self._params, self._moments = restore_state(self._params, self._program.model.num_layers, directory)
+
+    def peak_memory_gib(self) -> float:
+        """Peak of the device allocator, or of resident memory on a CPU."""
+        stats = jax.local_devices()[0].memory_stats()
+        if stats is not None and "peak_bytes_in_use" in stats:
+            return stats["peak_bytes_in_use"] / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@partial(jax.jit, static_argnames="program")
+def _logprobs(params: Params, rows: Arrays, program: Program) -> tuple[jax.Array, jax.Array]:
+    """Logprobs and entropies [B T] of a micro-batch."""
+    hidden = hidden_states(
+        program.model,
+        params,
+        rows["token_ids"],
+        rows["positions"],
+        rows["segment_ids"],
+        remat=program.recompute,
+        compute_dtype=program.dtype,
+    )
+    weight = head_weight(program.model, params)
+    return token_logprobs(hidden, weight, rows["token_ids"], rows["sampled"], program.temperature)
+
+
+@partial(jax.jit, static_argnames="program", donate_argnames="gradients")
+def _accumulate(params: Params, gradients: Params, rows: Arrays, program: Program) -> tuple[Params, jax.Array, Sums]:
+    """Add a micro-batch's gradient to `gradients`; its loss and statistics."""
+
+    def loss_of(params: Params) -> tuple[jax.Array, Sums]:
+        logprobs, entropy = _logprobs(params, rows, program)
+        constants = TokenArrays(*(rows.get(name) for name in TokenArrays._fields))
+        return objective(program.loss, logprobs, entropy, constants)
+
+    (loss, sums), new = jax.value_and_grad(loss_of, has_aux=True)(params)
+    return jax.tree.map(jnp.add, gradients, new), loss, sums

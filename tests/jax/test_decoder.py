@@ -1,0 +1,338 @@
+"""The JAX decoder against transformers, against itself packed, cached and recomputed, and its folders in and out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+from common.export import export_model
+from safework_jax.checkpoint import save_state
+from safework_jax.model import load_model
+from safework_jax.models.decoder import text
+from safework_jax.models.decoder.cache import decode, expand_cache, prefill, unstack_layers
+from safework_jax.models.decoder.config import NO_WINDOW, DecoderConfig
+from safework_jax.models.decoder.text import head_weight, hidden_states, init_params
+from safework_jax.optimizer import init_moments
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+# name: (model type, what differs from SIZES and the family's defaults)
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"head_dim": 12}),
+    "llama-tied-biased": ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "llama-llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "qwen2": ("qwen2", {"num_key_value_heads": 4}),
+    "qwen2-tied-sliding": ("qwen2", {"tie_word_embeddings": True, **SLIDING}),
+    "qwen2-yarn": ("qwen2", {"rope_parameters": YARN}),
+    "qwen3": ("qwen3", {"head_dim": 16, "num_key_value_heads": 1}),
+    "qwen3-tied-sliding-biased": (
+        "qwen3",
+        {"head_dim": 16, "tie_word_embeddings": True, "attention_bias": True, **SLIDING},
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A Hugging Face folder per model; every parameter is random, biases and norms too."""
+    made = {}
+    for seed, (name, (model_type, different)) in enumerate(MODELS.items()):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(model_type, **{**SIZES, **different})
+        )
+        for parameter in model.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter)
+        made[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(made[name])
+    return made
+
+
+def reference_logits(folder: Path, token_ids: np.ndarray) -> np.ndarray:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    with torch.no_grad():
+        return model(torch.tensor(token_ids)).logits.float().numpy()
+
+
+run = jax.jit(hidden_states, static_argnames=("config", "remat", "compute_dtype"))
+
+
+def hidden(config: DecoderConfig, params: Any, token_ids: Any, positions: Any = None, segment_ids: Any = None) -> Any:
+    """fp32 hidden states; one unpacked sequence a row unless told otherwise."""
+    if positions is None:
+        positions = np.broadcast_to(np.arange(token_ids.shape[1]), token_ids.shape)
+    if segment_ids is None:
+        segment_ids = np.ones(token_ids.shape, np.int32)
+    return run(config, params, token_ids, positions, segment_ids, remat="none", compute_dtype=jnp.float32)
+
+
+def logits(config: DecoderConfig, params: Any, token_ids: Any) -> np.ndarray:
+    return np.asarray(hidden(config, params, token_ids) @ head_weight(config, params).T)
+
+
+def tokens(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, SIZES["vocab_size"], shape)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_transformers(name: str, folders: dict[str, Path]) -> None:
+    token_ids = tokens(2, 40)
+    config, params = load_model(folders[name], jnp.float32)
+    ours, theirs = logits(config, params, token_ids), reference_logits(folders[name], token_ids)
+    assert theirs.std() > 0.5
+    assert np.abs(ours - theirs).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2-tied-sliding"])
+def test_packed_sequences_do_not_see_each_other(name: str, folders: dict[str, Path]) -> None:
+    config, params = load_model(folders[name], jnp.float32)
+    sequences = [tokens(9), tokens(14)[::-1], tokens(4)]
+    shape = (1 + len(sequences), 32)
+    token_ids, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
+    start, places = 0, []
+    for row, sequence in enumerate(sequences, 1):
+        # All in row 0 one after the other, and each in a row of its own; what is left of a row is padding.
+        places.append((row, start, len(sequence)))
+        for at, where in ((0, slice(start, start + len(sequence))), (row, slice(len(sequence)))):
+            token_ids[at, where], positions[at, where] = sequence, np.arange(len(sequence))
+            segment_ids[at, where] = row
+        start += len(sequence)
+    x = np.asarray(hidden(config, params, token_ids, positions, segment_ids))
+    assert np.isfinite(x).all()
+    for row, start, length in places:
+        np.testing.assert_allclose(x[0, start : start + length], x[row, :length], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen3-tied-sliding-biased", "qwen2-yarn"])
+def test_prefill_and_decode_equal_the_whole_forward_pass(name: str, folders: dict[str, Path]) -> None:
+    config, params = load_model(folders[name], jnp.float32)
+    lengths, prompt_index, num_new = np.array([3, 9, 6]), np.array([0, 0, 1, 2, 2, 2]), 7
+    prompts, new = tokens(3, 9), tokens(7, num_new)[1:]
+    start = jax.jit(prefill, static_argnames=("config", "compute_dtype"))
+    last, prompt_cache = start(config, params, prompts, lengths, compute_dtype=jnp.float32)
+    cache, layers = expand_cache(prompt_cache, jnp.asarray(prompt_index), 9 + num_new), unstack_layers(params)
+    step = jax.jit(decode, static_argnames="config", donate_argnames="cache")
+    decoded = []
+    for i in range(num_new):
+        row_hidden, cache = step(config, params, layers, new[:, i], lengths[prompt_index] + i, cache)
+        decoded.append(np.asarray(row_hidden))
+    rows = np.zeros((6, 9 + num_new), np.int32)
+    for row, prompt in enumerate(prompt_index):
+        rows[row, : lengths[prompt] + num_new] = np.concatenate([prompts[prompt, : lengths[prompt]], new[row]])
+    whole = np.asarray(hidden(config, params, rows))
+    for row, prompt in enumerate(prompt_index):
+        length = lengths[prompt]
+        np.testing.assert_allclose(last[prompt], whole[row, length - 1], atol=1e-5)
+        np.testing.assert_allclose(np.stack(decoded)[:, row], whole[row, length : length + num_new], atol=1e-5)
+
+
+def test_every_remat_gives_the_same_gradients(folders: dict[str, Path]) -> None:
+    config, params = load_model(folders["llama"], jnp.float32)
+    token_ids = tokens(2, 16)
+    arrays = (token_ids, np.broadcast_to(np.arange(16), (2, 16)), np.ones_like(token_ids))
+
+    def gradients(remat: text.Remat) -> Any:
+        def loss(params: Any) -> jax.Array:
+            x = hidden_states(config, params, *map(jnp.asarray, arrays), remat=remat, compute_dtype=jnp.float32)
+            return jnp.mean(jax.nn.log_softmax(x @ head_weight(config, params).T)[..., 0])
+
+        return jax.jit(jax.grad(loss))(params)
+
+    plain = gradients("none")
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(plain))
+    for remat in ("dots", "full"):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), plain, gradients(remat))
+
+
+def test_layers_are_traced_once(monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path]) -> None:
+    traced = []
+    original = text.Block.__call__
+
+    def counted(self: text.Block, x: Any, rotation: Any, attend: Any) -> Any:
+        traced.append(x.shape)
+        return original(self, x, rotation, attend)
+
+    monkeypatch.setattr(text.Block, "__call__", counted)
+    config, params = load_model(folders["llama"], jnp.float32)
+    hidden(config, params, tokens(3, 8))
+    hidden(DecoderConfig(**vars(config)), jax.tree.map(lambda x: x + 1, params), tokens(3, 8) // 2)
+    assert traced == [(3, 8, 32)]
+
+
+def test_bfloat16_is_computed_in_bfloat16_and_stays_close(folders: dict[str, Path]) -> None:
+    config, params = load_model(folders["llama"], jnp.float32)
+    # Positions above 256 are not all bfloat16 numbers: with angles computed in it, neighbours would coincide.
+    token_ids, positions = tokens(1, 40), 300 + np.arange(40)[None]
+    arrays = (token_ids, positions, np.ones_like(token_ids))
+    half = run(config, params, *arrays, remat="none", compute_dtype=jnp.bfloat16)
+    assert half.dtype == jnp.bfloat16
+    whole = np.asarray(hidden(config, params, *arrays))
+    assert np.abs(np.asarray(half, np.float32) - whole).mean() < 0.03 * np.abs(whole).mean()
+
+
+def export(params: text.Params, source: Path, folder: Path, dtype: Literal["float32", "bfloat16"]) -> None:
+    """Save a training state and export it, as a finished run does: folder/export."""
+    state = folder / "state"
+    state.mkdir()
+    save_state(params, init_moments(params), SIZES["num_hidden_layers"], state)
+    export_model(state, source, folder / "export", dtype)
+
+
+def test_random_parameters_fit_the_config_and_differ_between_layers(folders: dict[str, Path]) -> None:
+    config, params = load_model(folders["qwen3-tied-sliding-biased"], jnp.float32)
+    fresh = jax.jit(init_params, static_argnums=(0, 2))(config, jax.random.key(0), jnp.bfloat16)
+    jax.tree.map(lambda x, y: np.testing.assert_equal((x.shape, y.dtype), (y.shape, jnp.bfloat16)), params, fresh)
+    up = np.asarray(fresh["layers"]["mlp"]["up"]["weight"], np.float32)
+    assert not np.array_equal(up[0], up[1])
+    assert up.std() == pytest.approx(0.02, rel=0.05)
+    assert (fresh["norm"]["weight"] == 1).all() and (fresh["layers"]["attention"]["key"]["bias"] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-tied-sliding", "qwen3"])
+def test_saved_folder_loads_in_transformers_with_equal_logits(
+    name: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    config, params = load_model(folders[name], jnp.float32)
+    params = jax.tree.map(lambda x: 1.01 * x, params)
+    export(params, folders[name], tmp_path, "float32")
+    token_ids = tokens(2, 20)
+    theirs = reference_logits(tmp_path / "export", token_ids)
+    np.testing.assert_allclose(logits(config, params, token_ids), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_folders_round_trip_bit_for_bit(folders: dict[str, Path], tmp_path: Path) -> None:
+    config, params = load_model(folders["qwen3"], jnp.float32)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
+    export(params, folders["qwen3"], tmp_path, "bfloat16")
+    again, loaded = load_model(tmp_path / "export", jnp.bfloat16)
+    assert again == config
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    assert theirs.dtype == torch.bfloat16
+    np.testing.assert_array_equal(
+        theirs.model.layers[1].mlp.up_proj.weight.detach().float().numpy(),
+        np.asarray(params["layers"]["mlp"]["up"]["weight"][1], np.float32),
+    )
+
+
+def test_shards_load_like_one_file_and_go_where_they_are_placed(folders: dict[str, Path], tmp_path: Path) -> None:
+    transformers.AutoModelForCausalLM.from_pretrained(folders["llama"]).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    placed = []
+
+    def place(path: str, array: np.ndarray) -> jax.Array:
+        placed.append(path)
+        return jnp.asarray(array)
+
+    _, whole = load_model(folders["llama"], jnp.float32)
+    _, sharded = load_model(tmp_path, jnp.float32, place)
+    jax.tree.map(np.testing.assert_array_equal, whole, sharded)
+    assert "layers.attention.query.weight" in placed and "embed.weight" in placed
+
+
+OLD_LLAMA = {"model_type": "llama", **SIZES, "rms_norm_eps": 1e-6}
+
+
+def test_old_and_new_config_forms_say_the_same() -> None:
+    old_scaling = {key: value for key, value in LLAMA3.items() if key not in ("rope_type", "rope_theta")}
+    old = {**OLD_LLAMA, "rope_theta": 5e5, "rope_scaling": {"type": "llama3", **old_scaling}}
+    new = {**OLD_LLAMA, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}}
+    assert DecoderConfig.from_hf(old) == DecoderConfig.from_hf(new)
+    plain = DecoderConfig.from_hf({**OLD_LLAMA, "rope_theta": 5e5, "rope_scaling": None})
+    assert plain == DecoderConfig.from_hf({**OLD_LLAMA, "rope_parameters": {"rope_theta": 5e5}})
+    assert plain.head_dim == 8 and hash(plain) is not None
+
+
+def test_windows_follow_layer_types_or_max_window_layers() -> None:
+    qwen = {**OLD_LLAMA, "model_type": "qwen2"}
+    assert DecoderConfig.from_hf({**qwen, **SLIDING}).windows == (NO_WINDOW, 5, 5)
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    assert DecoderConfig.from_hf({**qwen, **SLIDING, "layer_types": kinds}).windows == (5, NO_WINDOW, 5)
+    assert DecoderConfig.from_hf({**qwen, **SLIDING, "use_sliding_window": False}).windows == (NO_WINDOW,) * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "gpt2"}, "model_type = 'gpt2'.*llama, qwen2, qwen3"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'.*'silu'"),
+        ({"attention_dropout": 0.1}, "attention_dropout = 0.1.*only 0"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}.*unquantised"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type = 'dynamic'.*yarn"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.*lacks factor"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one table per layer type"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3.*num_attention_heads = 4"),
+        ({"head_dim": 7}, "head_dim = 7.*even"),
+        ({"hidden_size": None}, "hidden_size = None"),
+        ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 3}, "layer_types.*full_attention"),
+    ],
+)
+def test_unsupported_configs_are_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        DecoderConfig.from_hf({**OLD_LLAMA, **change})
+
+
+def test_folders_that_do_not_fit_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        load_model(tmp_path / "nowhere", jnp.float32)
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        load_model(tmp_path, jnp.float32)
+    (tmp_path / "config.json").write_text((folders["llama"] / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"lacks model\.safetensors"):
+        load_model(tmp_path, jnp.float32)
+
+    tensors = load_file(folders["llama"] / "model.safetensors")
+    del tensors["model.norm.weight"]
+    tensors["model.layers.0.self_attn.q_norm.weight"] = np.ones(12, np.float32)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1].copy()
+    save_file(tensors, tmp_path / "model.safetensors")
+    expected = (
+        r"1 missing: model\.norm\.weight; 1 unexpected: model\.layers\.0\.self_attn\.q_norm\.weight; "
+        r"1 of the wrong shape: lm_head\.weight is \[60, 32\] where config\.json asks for \[61, 32\]"
+    )
+    with pytest.raises(ValueError, match=expected):
+        load_model(tmp_path, jnp.float32)
+
+
+def test_too_small_a_cache_is_refused() -> None:
+    keys = jnp.zeros((3, 1, 2, 9, 16))
+    with pytest.raises(ValueError, match="num_slots = 8"):
+        expand_cache(text.KeyValues(keys, keys), jnp.array([0]), 8)
+
+
+def test_a_tied_folder_may_hold_a_copy_of_its_head(folders: dict[str, Path], tmp_path: Path) -> None:
+    source = folders["llama-tied-biased"]
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    _, params = load_model(tmp_path, jnp.float32)
+    assert "head" not in params
