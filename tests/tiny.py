@@ -1,4 +1,4 @@
-"""Tiny random models as Hugging Face folders, made without an engine: real architectures and tokenizers, small sizes."""
+"""Tiny random models as Hugging Face folders, made without an engine: real families and tokenizers, small sizes."""
 
 from __future__ import annotations
 

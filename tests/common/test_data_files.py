@@ -125,8 +125,8 @@ def records(name):
 
 
 def labelled(label):
-    """Every record with the label, training and held-out, as test parameters named by id."""
-    return [pytest.param(each, id=each["id"]) for name in FILES for each in records(name) if each["label"] == label]
+    """Every record with the label, training and held-out."""
+    return [each for name in FILES for each in records(name) if each["label"] == label]
 
 
 def text(record):
@@ -151,6 +151,15 @@ def asks_for_number(content, number):
     """Does the text name the number in digits or as a word? One has many names: a single sentence, the first."""
     words = re.findall(r"\w+", content.lower())
     return number == 1 or str(number) in words or (number < len(COUNTING) and COUNTING[number] in words)
+
+
+def unasked(content, statement, any_case):
+    """The quoted literals and the numbers of a constraint that the text does not name."""
+    pieces = re.split(r"'([^']*)'", statement)
+    where = content.lower() if any_case else content
+    literals = [each for each in pieces[1::2] if (each.lower() if any_case else each) not in where]
+    numbers = [each for each in re.findall(r"\d+", " ".join(pieces[::2])) if not asks_for_number(content, int(each))]
+    return literals + numbers
 
 
 def overlap(one, other):
@@ -220,11 +229,11 @@ def test_ids_are_unique():
     assert [each for each, count in ids.items() if count > 1] == []
 
 
-@pytest.mark.parametrize("record", labelled("general_rule"))
-def test_number_is_the_value_of_its_expression(record):
-    value = evaluate(record["extra_info"]["expression"])
-    assert value == int(value)
-    assert record["reference"] == str(int(value))
+def test_numbers_are_the_values_of_their_expressions():
+    for record in labelled("general_rule"):
+        value = evaluate(record["extra_info"]["expression"])
+        assert value == int(value), record["id"]
+        assert record["reference"] == str(int(value)), record["id"]
 
 
 @pytest.mark.parametrize(("label", "rule"), [("general_rule", AnswerMatch), ("instruction_rule", Instructions)])
@@ -236,17 +245,15 @@ def test_references_are_accepted_by_the_rule_that_grades_them(label, rule):
             verifier.check_reference(prompt)
 
 
-@pytest.mark.parametrize("record", labelled("instruction_rule"))
-def test_what_the_reference_requires_stands_in_the_prompt(record):
-    asked = text(record)
-    assert 1 <= len(record["reference"]) <= 3
-    for _, sub_type, statement in record["reference"]:
-        *quoted, unquoted = re.split(r"'([^']*)'", statement)
-        for literal in quoted[1::2]:
-            found = re.search(re.escape(literal), asked, re.IGNORECASE if sub_type == "Keywords" else 0)
-            assert found, f"{literal!r} is required but not asked for"
-        for number in re.findall(r"\d+", unquoted):
-            assert asks_for_number(asked, int(number)), f"{number} is required but not asked for"
+def test_instructions_have_one_to_three_constraints():
+    assert {len(record["reference"]) for record in labelled("instruction_rule")} == {1, 2, 3}
+
+
+def test_what_a_constraint_requires_stands_in_the_prompt():
+    for record in labelled("instruction_rule"):
+        for _, sub_type, statement in record["reference"]:
+            missing = unasked(text(record), statement, any_case=sub_type == "Keywords")
+            assert missing == [], record["id"]
 
 
 @pytest.mark.parametrize("label", ["normal", "safety"])
