@@ -24,7 +24,7 @@ class Engine:
     segment_sum: (values [N], ids [N] int, num_segments) -> [num_segments].
     """
 
-    array_type: type
+    array_type: type | tuple[type, ...]
     namespace: Any
     stop_gradient: Callable[[Array], Array]
     segment_sum: Callable[[Array, Array, int], Array]
@@ -34,7 +34,8 @@ def _numpy_segment_sum(values: np.ndarray, ids: np.ndarray, num_segments: int) -
     return np.bincount(ids, weights=values, minlength=num_segments).astype(values.dtype)
 
 
-_ENGINES = [Engine(np.ndarray, np, lambda x: x, _numpy_segment_sum)]
+# numpy turns a sum into a scalar that is no ndarray.
+_ENGINES = [Engine((np.ndarray, np.generic), np, lambda x: x, _numpy_segment_sum)]
 
 
 def register(engine: Engine) -> None:

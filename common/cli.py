@@ -85,9 +85,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _counts(loaded: LoadedConfig) -> str:
     """Load data, tokenizer and recipe as a run would, and say what is there."""
-    config = loaded.config
-    reference_folder(config)
-    data = load_data(config, Chat(policy_folder(config), config.model.system))
+    reference_folder(loaded)
+    data = load_data(loaded, Chat(policy_folder(loaded), loaded.config.model.system))
     labels = ", ".join(data.recipe.terms)
     return f"{data.train.epoch_size} prompts an epoch, {len(data.heldout)} held out, labels: {labels}; ready to train"
 
@@ -102,7 +101,7 @@ def _export(arguments: argparse.Namespace) -> int:
     if step is None or step not in steps:
         raise ConfigError(f"{arguments.run_dir}: no checkpoint of step {step}; complete are: {steps or 'none'}.")
     out = arguments.out or run_dir.path / "export"
-    source = policy_folder(load_config([config_file]).config)
+    source = policy_folder(load_config([config_file]))
     export_model(run_dir.checkpoint(step), source, out, arguments.dtype)
     print(f"{out}: the policy after step {step}, {arguments.dtype}")
     return 0

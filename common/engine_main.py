@@ -7,6 +7,7 @@ measure RECORDING GRADIENTS FOLDER CONFIG...    parity: run this engine's side o
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from common.parity.recording import record
 from common.reporting import Reporter
 from common.rewards.scorer import ScoreMissing
 from common.rollout.sampler import RolloutSampler
-from common.run_dir import NotSaved
+from common.run_dir import NotSaved, RunDir
 from common.trainer import NonFiniteUpdate
 
 OpenTrainer = Callable[[LoadedConfig, Path, Path | None], ParityTrainer]
@@ -42,17 +43,20 @@ def run_verb(open_trainer: OpenTrainer, words: Sequence[str]) -> int:
     try:
         match words:
             case ["train", *config]:
-                return _train(open_trainer, _load(config))
+                return _train(open_trainer, _load(config), f"safework train {shlex.join(config)}")
             case ["record", folder, steps, *config]:
                 return _record(open_trainer, _load(config), Path(folder), int(steps))
             case ["measure", recording, gradients, folder, *config]:
                 loaded = _load(config)
-                trainer = open_trainer(loaded, policy_folder(loaded.config), None)
+                trainer = open_trainer(loaded, policy_folder(loaded), None)
                 measure(loaded.config, trainer, Path(recording), Path(gradients), Path(folder))
                 return 0
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped at once; what was done since the last checkpoint is lost.", file=sys.stderr)
+        return INTERRUPTED
     print(f"usage:{__doc__}", file=sys.stderr)
     return 2
 
@@ -61,14 +65,16 @@ def _load(words: Sequence[str]) -> LoadedConfig:
     return load_config(*split_arguments(words))
 
 
-def _train(open_trainer: OpenTrainer, loaded: LoadedConfig) -> int:
+def _train(open_trainer: OpenTrainer, loaded: LoadedConfig, command: str) -> int:
     config = loaded.config
-    policy, reference = policy_folder(config), reference_folder(config)
+    policy, reference = policy_folder(loaded), reference_folder(loaded)
     chat = Chat(policy, config.model.system)
-    data = load_data(config, chat)
+    data = load_data(loaded, chat)
     run_dir = open_run(loaded)
     start = run_dir.state()
     if start.step >= config.run.steps:
+        if not _is_exported(run_dir, start.step):
+            _export(run_dir, start.step, policy)
         print(f"{run_dir.path}: already trained for {start.step} steps; raise run.steps to go on. Nothing to do.")
         return 0
     trainer = open_trainer(loaded, policy, reference)
@@ -81,18 +87,29 @@ def _train(open_trainer: OpenTrainer, loaded: LoadedConfig) -> int:
     finally:
         data.recipe.close()
     if state.step < config.run.steps:
-        print(f"stopped and saved after step {state.step}; start the same command again to resume.", file=sys.stderr)
+        done = f"stopped and saved after step {state.step} of {config.run.steps}" if state.step else "stopped at once"
+        print(f"{done}. To go on: {command}", file=sys.stderr)
         return INTERRUPTED
-    export_model(run_dir.checkpoint(state.step), policy, run_dir.path / "export", "float32")
+    _export(run_dir, state.step, policy)
     print(f"done: {run_dir.path}/export holds the trained model, metrics.jsonl and rollouts.jsonl the record")
     return 0
 
 
+def _export(run_dir: RunDir, step: int, policy: Path) -> None:
+    export_model(run_dir.checkpoint(step), policy, run_dir.path / "export", "float32")
+
+
+def _is_exported(run_dir: RunDir, step: int) -> bool:
+    """False where a run was killed after its last checkpoint and before the export of it."""
+    exported = run_dir.path / "export" / "config.json"
+    return exported.exists() and exported.stat().st_mtime >= run_dir.checkpoint(step).stat().st_mtime
+
+
 def _record(open_trainer: OpenTrainer, loaded: LoadedConfig, folder: Path, steps: int) -> int:
     config = loaded.config
-    policy = policy_folder(config)
+    policy = policy_folder(loaded)
     chat = Chat(policy, config.model.system)
-    data = load_data(config, chat)
+    data = load_data(loaded, chat)
     sampler = RolloutSampler(open_trainer(loaded, policy, None), chat, config.rollout, config.run.seed)
     try:
         record(config, data, sampler, folder, steps)

@@ -32,13 +32,14 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 def export_model(checkpoint: Path, source: Path, folder: Path, dtype: Literal["float32", "bfloat16"]) -> None:
     """Write the parameters of a checkpoint, cast to `dtype`, with all else from `source`, the model trained from.
 
-    Raises NotSaved when the disk refuses; nothing then stands under the name `folder`.
+    Raises NotSaved when the disk refuses; an earlier export of the name `folder` then stays as it was.
     """
+    parameters = read_parameters(checkpoint)
     partial = folder.with_name(folder.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write_folder(checkpoint, source, partial, dtype)
+        _write_folder(parameters, source, partial, dtype)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except (OSError, SafetensorError) as error:
@@ -48,8 +49,7 @@ def export_model(checkpoint: Path, source: Path, folder: Path, dtype: Literal["f
         ) from error
 
 
-def _write_folder(checkpoint: Path, source: Path, folder: Path, dtype: str) -> None:
-    parameters = read_parameters(checkpoint)
+def _write_folder(parameters: dict[str, np.ndarray], source: Path, folder: Path, dtype: str) -> None:
     tensors = {name: array.astype(DTYPES[dtype], copy=False) for name, array in parameters.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     hf = json.loads((source / "config.json").read_text())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
-from types import FrameType, TracebackType
+from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STDERR = 2
 
 
 class Interrupt:
@@ -19,9 +20,7 @@ class Interrupt:
         self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -29,4 +28,5 @@ class Interrupt:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("stopping after this step (again: at once, losing it)", file=sys.stderr, flush=True)
+        # Not print: the signal may have come in the middle of one, and a buffered stream cannot be entered twice.
+        os.write(STDERR, b"stopping after this step (again: at once, losing it)\n")

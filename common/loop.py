@@ -17,10 +17,10 @@ from common.interrupt import Interrupt
 from common.metrics import Timer, rollout_metrics, rollout_records, update_metrics
 from common.reporting import Reporter
 from common.rewards.scorer import ScoredGroup, Scorer, score_arrays
-from common.rollout.sampler import Draw, RolloutSampler
+from common.rollout.sampler import Draw, RolloutSampler, Stream
 from common.run_dir import LoopState, RunDir
 from common.trainer import NonFiniteUpdate, PolicyTrainer
-from common.types import TrainBatch
+from common.types import RolloutGroup, TrainBatch
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,15 @@ class Loop:
         state = self._resume()
         if state.step == 0 and self._config.evaluation.at_ends:
             self._evaluate(state)
-        while state.step < self._config.run.steps and not self._interrupt.requested:
+        stopping = self._interrupt.requested
+        while state.step < self._config.run.steps and not stopping:
             state = self._step(state)
             last = state.step == self._config.run.steps
             if self._is_due(self._config.evaluation.every, state.step) or (last and self._config.evaluation.at_ends):
                 self._evaluate(state)
-            if self._is_due(self._config.checkpoint.every, state.step) or last or self._interrupt.requested:
+            # Read once, so that no signal can end the loop between the question and the save.
+            stopping = self._interrupt.requested
+            if self._is_due(self._config.checkpoint.every, state.step) or last or stopping:
                 self._run_dir.save(state, self._trainer.save, self._config.checkpoint.keep)
         return state
 
@@ -81,20 +84,11 @@ class Loop:
         return state
 
     def _step(self, state: LoopState) -> LoopState:
-        config, timer = self._config, Timer()
+        timer = Timer()
         collected = self._collect(state, timer)
-        totals, scores, present, weights = score_arrays(collected.groups, self._data.recipe)
-        kept = np.flatnonzero(collected.kept)
-        credit = np.zeros_like(totals)
-        updates: list[dict[str, float]] = []
         with timer("update"):
-            if len(kept):
-                credit[kept] = advantages(config.advantage, totals[kept], scores[kept], present[kept], weights[kept])
-                groups = [collected.groups[index].group for index in kept]
-                batches = train_batches(
-                    groups, credit[kept], config.loss, config.batch, config.rollout.max_new_tokens, totals.size
-                )
-                updates = self._update(state, [self._with_references(batch) for batch in batches])
+            credit, batches = self._credit(collected)
+            updates = self._update(state, [self._with_references(batch) for batch in batches])
         self._run_dir.append("rollouts.jsonl", rollout_records(state.step, collected.groups, credit, collected.kept))
         metrics = {
             "step": state.step,
@@ -105,6 +99,10 @@ class Loop:
         }
         self._run_dir.append("metrics.jsonl", [metrics])
         self._reporter.step(metrics, collected.groups)
+        if not updates:
+            self._reporter.say(
+                f"step {state.step + 1}: no update, since none of its {len(collected.groups)} groups was informative"
+            )
         return replace(
             state,
             step=state.step + 1,
@@ -123,9 +121,7 @@ class Loop:
             draws = [Draw(index, self._data.train[index]) for index in range(cursor, cursor + wanted)]
             cursor += wanted
             with timer("rollout"):
-                rolled = self._sampler.groups(
-                    draws, "train", state.step, config.rollout.group_size, state.policy_version
-                )
+                rolled = self._roll_out(draws, "train", state, config.rollout.group_size)
             with timer("score"):
                 scored = self._scorer.score(rolled)
             groups += scored.groups
@@ -137,6 +133,35 @@ class Loop:
             if wanted == 0:
                 break
         return Collected(tuple(groups), np.array(kept, bool), missing, cursor)
+
+    def _roll_out(
+        self, draws: Sequence[Draw], stream: Stream, state: LoopState, num_samples: int
+    ) -> list[RolloutGroup]:
+        """Sampled groups. Evaluation draws the same numbers whenever it runs, so that two of them compare."""
+        step = state.step if stream == "train" else 0
+        groups = self._sampler.groups(draws, stream, step, num_samples, state.policy_version)
+        for group in groups:
+            if not all(np.isfinite(rollout.logprobs).all() for rollout in group.rollouts):
+                raise NonFiniteUpdate(
+                    f"step {state.step}: the policy's logprobs of a response to prompt {group.prompt.id!r} are not "
+                    "finite, so its weights cannot be. Mend the model in model.path, or start another run.dir with a "
+                    "lower optimizer.learning_rate or backend.dtype=float32."
+                )
+        return groups
+
+    def _credit(self, collected: Collected) -> tuple[np.ndarray, list[TrainBatch]]:
+        """Advantages [P G] of all groups, 0 where a group does not teach, and the batches of those that do."""
+        config, recipe = self._config, self._data.recipe
+        totals, scores, present, weights = score_arrays(collected.groups, recipe)
+        credit, kept = np.zeros_like(totals), np.flatnonzero(collected.kept)
+        if len(kept) == 0:
+            return credit, []
+        credit[kept] = advantages(config.advantage, totals[kept], scores[kept], present[kept], weights[kept])
+        groups = [collected.groups[index].group for index in kept]
+        batches = train_batches(
+            groups, credit[kept], config.loss, config.batch, config.rollout.max_new_tokens, totals.size
+        )
+        return credit, batches
 
     def _with_references(self, batch: TrainBatch) -> TrainBatch:
         """Old and reference logprobs, as far as the loss needs them, before any update of the step."""
@@ -163,8 +188,9 @@ class Loop:
             except NonFiniteUpdate as error:
                 path = self._run_dir.save_batch(batch, state.step)
                 raise NonFiniteUpdate(
-                    f"step {state.step}: {error} The optimizer was not run; the batch is in {path}. "
-                    "Look for outliers there, lower optimizer.learning_rate, or use backend.dtype=float32."
+                    f"step {state.step}: {error} The optimizer did not take this update; its batch is in {path}. "
+                    "Look for outliers there, or start another run.dir with a lower optimizer.learning_rate or "
+                    "backend.dtype=float32."
                 ) from None
         return results
 
@@ -172,8 +198,7 @@ class Loop:
         """Score the held-out prompts with the policy as it is and record the result."""
         config, started = self._config, time.perf_counter()
         draws = [Draw(index, prompt) for index, prompt in enumerate(self._data.heldout)]
-        groups = self._sampler.groups(draws, "heldout", 0, config.evaluation.samples, state.policy_version)
-        scored = self._scorer.score(groups)
+        scored = self._scorer.score(self._roll_out(draws, "heldout", state, config.evaluation.samples))
         every = np.ones(len(scored.groups), bool)
         metrics = {
             "step": state.step,

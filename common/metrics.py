@@ -55,7 +55,8 @@ def rollout_metrics(
     rewards = [reward for scored in groups for reward in scored.rewards]
     rollouts = [rollout for scored in groups for rollout in scored.group.rollouts]
     totals = np.array([reward.total for reward in rewards])
-    metrics = {"reward/mean": float(totals.mean()), "reward/std": float(totals.std(ddof=1))}
+    spread = float(totals.std(ddof=1)) if len(totals) > 1 else 0.0
+    metrics = {"reward/mean": float(totals.mean()), "reward/std": spread}
     for name in recipe.verifiers:
         values = [reward.scores[name].value for reward in rewards if name in reward.scores]
         if values:
@@ -69,8 +70,12 @@ def rollout_metrics(
 
 
 def update_metrics(updates: Sequence[dict[str, float]], rates: Sequence[float]) -> dict[str, float]:
-    """The step's updates as one record; zeros when no group taught anything. learning_rate is the last update's."""
-    metrics = {"learning_rate": rates[-1]}
+    """The step's updates as one record; zeros when no group taught anything.
+
+    rates: the learning rates planned for the step. learning_rate is that of the last update that ran; a step of few
+    informative groups may run fewer than planned.
+    """
+    metrics = {"learning_rate": rates[max(len(updates), 1) - 1]}
     for key in UPDATE_KEYS:
         values = [update[key] for update in updates] or [0.0]
         join = sum if key in _SUMMED else max if key in _MAXIMISED else np.mean

@@ -77,7 +77,7 @@ class Reporter:
             self._console.print(_table(metrics))
         else:
             self.say(self._line(metrics, done))
-        if done % self._config.metrics.sample_every == 1 and groups:
+        if (done - 1) % self._config.metrics.sample_every == 0:
             self._sample(groups[0])
         if self._wandb is not None:
             self._wandb.log(metrics, step=int(metrics["step"]))
@@ -103,7 +103,10 @@ class Reporter:
         prompt, rollout, reward = scored.group.prompt, scored.group.rollouts[0], scored.rewards[0]
         scores = ", ".join(f"{name} {score.value:.2f}" for name, score in reward.scores.items())
         text = f"{prompt.messages[-1].content}\n-> {rollout.text}\n[{prompt.label}: {reward.total:.2f} ({scores})]"
-        self._console.print(Panel(escape(text), title="a sample") if self._console.is_terminal else escape(text))
+        if self._console.is_terminal:
+            self._console.print(Panel(escape(text), title="a sample"))
+        else:
+            self.say(text)
 
 
 def _rewards(metrics: dict[str, float]) -> dict[str, float]:
@@ -130,10 +133,17 @@ def _open_wandb(config: RunConfig) -> Wandb | None:
             f"metrics.wandb = {config.metrics.wandb!r}: the package wandb is not installed. "
             "Install it with pip install 'safework[wandb]', or set metrics.wandb to off."
         ) from None
-    return wandb.init(
-        project=config.metrics.wandb_project,
-        name=Path(config.run.dir).name,
-        dir=config.run.dir,
-        mode=config.metrics.wandb,
-        config=config.model_dump(),
-    )
+    folder = Path(config.run.dir).expanduser()
+    try:
+        return wandb.init(
+            project=config.metrics.wandb_project,
+            name=folder.name,
+            dir=folder,
+            mode=config.metrics.wandb,
+            config=config.model_dump(),
+        )
+    except wandb.Error as error:
+        raise ConfigError(
+            f"metrics.wandb = {config.metrics.wandb!r}: W&B could not be opened ({error}). "
+            "Set WANDB_API_KEY in the environment, or metrics.wandb to offline or off."
+        ) from None

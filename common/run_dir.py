@@ -31,7 +31,9 @@ _STEP_NAME = re.compile(r"step-(\d{6,})")
 
 
 class NotSaved(RuntimeError):
-    """The disk refused a write; the message says what was being written, what is safe, and what to do."""
+    """A file of the run folder is not what it should be, mostly because the disk refused a write; the message says
+    which one, what is safe, and what to do.
+    """
 
 
 @dataclass(frozen=True)
@@ -70,19 +72,30 @@ class RunDir:
         return LoopState(**json.loads((self.checkpoint(steps[-1]) / STATE_FILE).read_text()))
 
     def rewind_records(self, state: LoopState) -> None:
-        """Cut the record files back to where the state left them and remove half-written checkpoints."""
+        """Cut the record files back to where the state left them and remove half-written checkpoints.
+
+        Raises NotSaved when one is shorter than that: somebody has changed it.
+        """
         for name in RECORDS:
-            path = self.path / name
+            path, length = self.path / name, state.record_bytes.get(name, 0)
+            if (path.stat().st_size if path.exists() else 0) < length:
+                raise NotSaved(
+                    f"{path}: is shorter than the {length} bytes it had at the checkpoint of step {state.step}, so it "
+                    "was changed or removed. Put it back, or start anew in another run.dir."
+                )
             if path.exists():
-                os.truncate(path, state.record_bytes.get(name, 0))
+                os.truncate(path, length)
         for folder in self.checkpoints.glob("*.partial"):
             shutil.rmtree(folder)
 
     def write_config(self, text: str) -> None:
-        """Write config.yaml. Raises NotSaved."""
+        """Write config.yaml; on a full disk the old one stays. Raises NotSaved."""
+        partial = self.config.with_name(self.config.name + ".partial")
         try:
-            self.config.write_text(text, encoding="utf-8")
+            partial.write_text(text, encoding="utf-8")
+            partial.rename(self.config)
         except OSError as error:
+            partial.unlink(missing_ok=True)
             raise self._not_saved(self.config, error) from error
 
     def save_batch(self, batch: TrainBatch, step: int) -> Path:
@@ -126,7 +139,9 @@ class RunDir:
             shutil.rmtree(partial, ignore_errors=True)
             raise self._not_saved(final, error) from error
         for step in self.saved_steps()[:-keep]:
-            shutil.rmtree(self.checkpoint(step))
+            # Renamed first: a folder that is half gone must not look complete.
+            old = self.checkpoint(step).rename(self.checkpoint(step).with_suffix(".partial"))
+            shutil.rmtree(old)
 
     def _not_saved(self, path: Path, error: OSError) -> NotSaved:
         steps = self.saved_steps()

@@ -38,7 +38,7 @@ class TrainingState:
 def write_state(state: TrainingState, folder: Path) -> None:
     """Write the three files into a folder that exists. Raises OSError when the disk does."""
     for field, name in _FILES.items():
-        tensors = {key: np.ascontiguousarray(array) for key, array in vars(state)[field].items()}
+        tensors = {key: np.asarray(array, order="C") for key, array in vars(state)[field].items()}
         try:
             save_file(tensors, folder / name, {STEPS: str(state.optimizer_steps)})
         except SafetensorError as error:  # how the library reports a full disk

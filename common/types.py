@@ -113,18 +113,24 @@ class Reward:
 class TrainBatch:
     """Packed rows, ready for a backend. All arrays are [B T].
 
-    token_ids: int32. positions: int32, restarting at 0 with every segment. segment_ids: int32, 1.. within a row;
-    0 is padding, a segment of its own. sampled: bool, tokens written by the policy.
+    A row holds segments, numbered 1.. in segment_ids (int32); 0 is padding, a segment of its own. A segment is a prompt
+    with its response; where responses share a prompt, the prompt is one segment and each response another. A token
+    sees the tokens before it that are of its segment or of segment prefix_ids (int32), the prompt that its response
+    continues; elsewhere that is its own segment again. positions: int32, from 0 at the start of each prompt. previous:
+    int32, the place in the row of the token before it in its sequence.
 
-    Values at t belong to the token at t given the tokens before it in its segment. sampling_logprobs, advantages:
-    float32. policy_weights, kl_weights: float32, 0 wherever a token does not count; they already hold mask,
-    aggregation mode, dropped samples and importance corrections. old_logprobs and ref_logprobs: float32, or None
-    where the loss does not need them (old: the update is on-policy and the policy's own detached value is used).
+    token_ids: int32. sampled: bool, tokens written by the policy. Values at t belong to the token at t given those
+    before it in its sequence. sampling_logprobs, advantages: float32. policy_weights, kl_weights: float32, 0 wherever a
+    token does not count; they already hold mask, aggregation mode, dropped samples and importance corrections.
+    old_logprobs and ref_logprobs: float32, or None where the loss does not need them (old: the update is on-policy and
+    the policy's own detached value is used).
     """
 
     token_ids: np.ndarray
     positions: np.ndarray
     segment_ids: np.ndarray
+    prefix_ids: np.ndarray
+    previous: np.ndarray
     sampled: np.ndarray
     sampling_logprobs: np.ndarray
     advantages: np.ndarray

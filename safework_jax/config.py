@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from common.config.section import PositiveInt, Section
 
 
@@ -13,6 +11,4 @@ class JaxSection(Section):
     fsdp: PositiveInt = 1
 
 
-def parse(table: dict[str, Any]) -> JaxSection:
-    """The checked `backend.jax` table; raises pydantic.ValidationError."""
-    return JaxSection.model_validate(table)
+SECTION = JaxSection

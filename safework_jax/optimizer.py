@@ -28,7 +28,7 @@ def init_moments(params: Any) -> optax.ScaleByAdamState:
 @jax.jit
 def global_norm(gradients: Any) -> jax.Array:
     """Root of the sum of squares of all elements, fp32 scalar."""
-    return optax.global_norm(gradients)
+    return optax.tree.norm(gradients)
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames=("params", "moments"))

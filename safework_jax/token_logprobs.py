@@ -10,18 +10,24 @@ CHUNK = 512
 
 
 def token_logprobs(
-    hidden: jax.Array, weight: jax.Array, token_ids: jax.Array, wanted: jax.Array, temperature: float
+    hidden: jax.Array,
+    weight: jax.Array,
+    token_ids: jax.Array,
+    previous: jax.Array,
+    wanted: jax.Array,
+    temperature: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Logprobs [B T] (differentiable) and entropies [B T] of the wanted tokens, fp32, 0 elsewhere.
 
-    hidden: float [B T D]. weight: [V D]. token_ids: int [B T]. wanted: bool [B T], False wherever a segment starts: the
-    value at t is predicted from t - 1 of the same segment. Chunks run along T, so that rows stay on their devices; the
-    backward pass computes the logits of a chunk again.
+    hidden: float [B T D]. weight: [V D]. token_ids: int [B T]. previous: int [B T], the place of the token before: the
+    value at t is predicted from there. wanted: bool [B T], False wherever a sequence starts. Chunks run along T, so
+    that rows stay on their devices; the backward pass computes the logits of a chunk again.
     """
     rows, tokens, dim = hidden.shape
     width = max(1, min(tokens, CHUNK // rows))
     padding = -tokens % width
-    before = jnp.pad(hidden[:, :-1], ((0, 0), (1, padding), (0, 0)))
+    before = jnp.take_along_axis(hidden, previous[..., None], axis=1)
+    before = jnp.pad(before, ((0, 0), (0, padding), (0, 0)))
     targets = jnp.pad(token_ids, ((0, 0), (0, padding)))
     weight = weight.astype(hidden.dtype)
 

@@ -117,6 +117,16 @@ class JaxTrainer:
         value, _, gradients = self._accumulate(batch, loss)
         return value, named(gradients, self._program.model.num_layers)
 
+    def loss_gradient(self, batch: TrainBatch, loss: LossConfig, logprobs: np.ndarray) -> tuple[float, np.ndarray]:
+        """The objective at given logprobs and its gradient; see ParityTrainer."""
+        constants = TokenArrays(*(getattr(batch, name) for name in TokenArrays._fields))
+
+        def objective_of(logprobs: jax.Array) -> jax.Array:
+            return objective(loss, logprobs, jnp.zeros_like(logprobs), constants)[0]
+
+        value, gradient = jax.jit(jax.value_and_grad(objective_of))(logprobs)
+        return float(value), np.asarray(gradient)
+
     def apply_gradients(self, gradients: Mapping[str, np.ndarray], learning_rate: float) -> None:
         """One optimizer step from given gradients; see ParityTrainer."""
         tree = stacked(gradients, self._params, self._program.model.num_layers)
@@ -147,11 +157,12 @@ def _logprobs(params: Params, rows: Arrays, program: Program) -> tuple[jax.Array
         rows["token_ids"],
         rows["positions"],
         rows["segment_ids"],
+        rows["prefix_ids"],
         remat=program.recompute,
         compute_dtype=program.dtype,
     )
     weight = head_weight(program.model, params)
-    return token_logprobs(hidden, weight, rows["token_ids"], rows["sampled"], program.temperature)
+    return token_logprobs(hidden, weight, rows["token_ids"], rows["previous"], rows["sampled"], program.temperature)
 
 
 @partial(jax.jit, static_argnames="program", donate_argnames="gradients")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from common.config.section import Section
 
 
@@ -13,6 +11,4 @@ class TorchSection(Section):
     compile: bool = False
 
 
-def parse(table: dict[str, Any]) -> TorchSection:
-    """The checked `backend.torch` table; raises pydantic.ValidationError."""
-    return TorchSection.model_validate(table)
+SECTION = TorchSection

@@ -68,22 +68,27 @@ def _keep_dots(_context: object, operation: object, *_args: object, **_kwargs: o
     return CheckpointPolicy.MUST_SAVE if operation in _KEPT_BY_DOTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def hidden_states(model: PreTrainedModel, token_ids: Tensor, positions: Tensor, segment_ids: Tensor) -> Tensor:
-    """Final hidden states of packed rows: int [B T] three times -> float [B T D]."""
-    masks = packed_masks(model.config, segment_ids)
+def hidden_states(
+    model: PreTrainedModel, token_ids: Tensor, positions: Tensor, segment_ids: Tensor, prefix_ids: Tensor
+) -> Tensor:
+    """Final hidden states of packed rows: int [B T] four times, as in TrainBatch -> float [B T D]."""
+    masks = packed_masks(model.config, positions, segment_ids, prefix_ids)
     output = model.model(input_ids=token_ids, position_ids=positions, attention_mask=masks, use_cache=False)
     return output.last_hidden_state
 
 
-def packed_masks(config: PreTrainedConfig, segment_ids: Tensor) -> Tensor | dict[str, Tensor]:
-    """Causal attention within each segment: bool [B 1 T T], or one for each kind of layer.
+def packed_masks(
+    config: PreTrainedConfig, positions: Tensor, segment_ids: Tensor, prefix_ids: Tensor
+) -> Tensor | dict[str, Tensor]:
+    """Causal attention within each segment and to its prefix: bool [B 1 T T], or one for each kind of layer.
 
     Padding is a segment of its own that attends to itself: a fully masked row would be NaN.
     """
     place = torch.arange(segment_ids.shape[1], device=segment_ids.device)
-    distance = place[:, None] - place[None, :]
-    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    return by_layer_kind(config, same & (distance >= 0), distance)
+    keys = segment_ids[:, None, None, :]
+    seen = (segment_ids[:, None, :, None] == keys) | (prefix_ids[:, None, :, None] == keys)
+    distance = positions[:, None, :, None] - positions[:, None, None, :]
+    return by_layer_kind(config, seen & (place[:, None] >= place), distance)
 
 
 def by_layer_kind(config: PreTrainedConfig, full: Tensor, distance: Tensor) -> Tensor | dict[str, Tensor]:

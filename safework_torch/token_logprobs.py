@@ -56,14 +56,16 @@ def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
 
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, token_ids: Tensor, wanted: Tensor, temperature: float
+    hidden: Tensor, weight: Tensor, token_ids: Tensor, previous: Tensor, wanted: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Logprobs [B T] (differentiable) and entropies [B T] of the wanted tokens, fp32, 0 elsewhere.
 
-    hidden: float [B T D]. weight: [V D]. token_ids: int [B T]. wanted: bool [B T], False wherever a segment starts: the
-    value at t is predicted from t - 1 of the same segment.
+    hidden: float [B T D]. weight: [V D]. token_ids: int [B T]. previous: int [B T], the place of the token before: the
+    value at t is predicted from there. wanted: bool [B T], False wherever a sequence starts.
     """
     rows, places = wanted.nonzero(as_tuple=True)
-    values, entropy = _TokenLogprobs.apply(hidden[rows, places - 1], weight, token_ids[rows, places], temperature)
+    values, entropy = _TokenLogprobs.apply(
+        hidden[rows, previous[rows, places]], weight, token_ids[rows, places], temperature
+    )
     zeros = torch.zeros(wanted.shape, dtype=torch.float32, device=hidden.device)
     return zeros.index_put((rows, places), values), zeros.index_put((rows, places), entropy)

@@ -83,9 +83,10 @@ class TorchTrainer:
     def _logprobs(self, model: PreTrainedModel, rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         tokens = rows["token_ids"].long()
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-            hidden = hidden_states(model, tokens, rows["positions"].long(), rows["segment_ids"])
+            hidden = hidden_states(model, tokens, rows["positions"].long(), rows["segment_ids"], rows["prefix_ids"])
         hidden = hidden.to(self._dtype)
-        return token_logprobs(hidden, head(model), tokens, rows["sampled"], self._config.rollout.temperature)
+        previous, temperature = rows["previous"].long(), self._config.rollout.temperature
+        return token_logprobs(hidden, head(model), tokens, previous, rows["sampled"], temperature)
 
     def sample(self, prompts: Sequence[SamplingPrompt], sampling: Sampling) -> list[list[Response]]:
         """Responses from the embedded sampler; see PolicyTrainer."""
@@ -97,6 +98,15 @@ class TorchTrainer:
         gradients = {name: p.grad.cpu().numpy() for name, p in self._optimizer.named.items() if p.grad is not None}
         self._optimizer.zero_grad()
         return value, gradients
+
+    def loss_gradient(self, batch: TrainBatch, loss: LossConfig, logprobs: np.ndarray) -> tuple[float, np.ndarray]:
+        """The objective at given logprobs and its gradient; see ParityTrainer."""
+        leaf = torch.tensor(logprobs, requires_grad=True)
+        rows = {name: torch.from_numpy(array) for name, array in vars(batch).items() if array is not None}
+        value, _ = objective(loss, leaf, torch.zeros_like(leaf), token_arrays(rows))
+        value.backward()
+        assert leaf.grad is not None
+        return float(value.detach()), leaf.grad.numpy()
 
     def apply_gradients(self, gradients: Mapping[str, np.ndarray], learning_rate: float) -> None:
         """One optimizer step from given gradients; see ParityTrainer."""

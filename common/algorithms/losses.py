@@ -53,7 +53,9 @@ def gspo(
     """
     xp = namespace(logprobs)
     mean = sequence_log_ratio(stop_gradient(logprobs) - old, sampled, segment_ids)
-    return ppo_clip(mean + logprobs - stop_gradient(logprobs), xp.zeros_like(mean), advantages, clip_low, clip_high)
+    # The difference first: it is exactly 0, where mean + logprobs would round the mean away.
+    log_ratio = mean + (logprobs - stop_gradient(logprobs))
+    return ppo_clip(log_ratio, xp.zeros_like(mean), advantages, clip_low, clip_high)
 
 
 def sequence_log_ratio(log_ratio: Array, sampled: Array, segment_ids: Array) -> Array:

@@ -26,7 +26,7 @@ class Sums(NamedTuple):
     """Statistics of a micro-batch. All but `ratio_max` add up over micro-batches and devices; that one is a maximum.
 
     mismatch_kl and entropy are sums over trained tokens (policy weight not 0), `tokens` of them, `clipped` of which
-    are held by the clip; loss_kl already carries its coefficient.
+    are held by the clip; ratio_max is 0 where there are none. loss_kl already carries its coefficient.
     """
 
     loss_policy: Array
@@ -58,7 +58,7 @@ def objective(config: LossConfig, logprobs: Array, entropy: Array, arrays: Token
     loss_policy = (arrays.policy_weights * losses).sum()
 
     trained = xp.where(arrays.policy_weights != 0, xp.ones_like(fixed), xp.zeros_like(fixed))
-    log_ratio = (fixed - old) * trained
+    log_ratio = fixed - old
     mismatch = (arrays.sampling_logprobs - old) * trained
     sums = Sums(
         loss_policy=stop_gradient(loss_policy),
@@ -67,7 +67,7 @@ def objective(config: LossConfig, logprobs: Array, entropy: Array, arrays: Token
         mismatch_kl=((xp.expm1(-mismatch) + mismatch) * trained).sum(),
         clipped=(_clipped(config, log_ratio, advantages, arrays) * trained).sum(),
         tokens=trained.sum(),
-        ratio_max=xp.exp(log_ratio.max()),
+        ratio_max=(xp.exp(log_ratio * trained) * trained).max(),
     )
     return loss_policy + loss_kl, sums
 

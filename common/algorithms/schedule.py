@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 from common.config.method import OptimizerConfig
 
@@ -13,7 +14,8 @@ def learning_rate(config: OptimizerConfig, update: int, total_updates: int) -> f
     Warm-up reaches the peak on its last update; the cosine reaches `floor_fraction` of the peak on the last update of
     the run. With more `total_updates` than before (a raised `run.steps`) the curve is the longer run's from there on.
     """
-    warmup = math.ceil(config.warmup_fraction * total_updates)
+    # As it was written: 0.07 of 100 updates is 7, though 0.07 * 100 is a little more.
+    warmup = math.ceil(Fraction(str(config.warmup_fraction)) * total_updates)
     if update < warmup:
         return config.learning_rate * (update + 1) / warmup
     progress = min(1.0, (update - warmup + 1) / max(1, total_updates - warmup))

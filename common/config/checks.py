@@ -10,8 +10,10 @@ from common.config.run import RunConfig
 def cross_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Every inconsistency of a config, as (key to blame, sentence)."""
     yield from _group_checks(config)
+    yield from _batch_checks(config)
     yield from _update_checks(config)
     yield from _loss_checks(config)
+    yield from _evaluation_checks(config)
     yield from _recipe_checks(config)
 
 
@@ -29,6 +31,11 @@ def _group_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
             f"a row must hold one whole sequence, up to {longest} tokens (data.max_prompt_tokens + "
             f"rollout.max_new_tokens). Set it to {longest} or more, or lower one of the two.",
         )
+
+
+def _batch_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
+    if config.batch.share_prompts and not config.batch.packed:
+        yield "batch.share_prompts", "one sequence a row shares nothing. Set batch.packed to true, or this to false."
 
 
 def _update_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -63,6 +70,15 @@ def _loss_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "rollout.temperature", "training needs responses that differ. Choose a temperature above 0."
 
 
+def _evaluation_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
+    if (config.evaluation.at_ends or config.evaluation.every) and not config.data.heldout:
+        yield (
+            "data.heldout",
+            "held-out evaluation is on and has no prompts. Name a file, or set evaluation.at_ends to false and "
+            "evaluation.every to 0.",
+        )
+
+
 def _recipe_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
     verifiers = config.rewards.verifiers
     for name, verifier in verifiers.items():
@@ -75,6 +91,6 @@ def _recipe_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
             if name not in verifiers:
                 yield (
                     f"rewards.recipe.{label}.{name}",
-                    f"no verifier of this name. Known: {', '.join(sorted(verifiers))}. "
+                    f"no verifier of this name. Known: {', '.join(sorted(verifiers)) or 'none'}. "
                     "Add it under rewards.verifiers or correct the name.",
                 )

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.representer import RoundTripRepresenter
 
 from common.config.load import LoadedConfig
 from common.config.run import RunConfig
@@ -18,22 +19,51 @@ MAY_CHANGE = ("run.dir", "run.steps", "checkpoint.", "evaluation.", "metrics.")
 
 def explain(loaded: LoadedConfig) -> str:
     """The resolved config as a YAML document that loads again, each value followed by `# origin`."""
-    document = CommentedMap(loaded.config.model_dump())
-    _annotate(document, loaded, "")
     text = io.StringIO()
     yaml = YAML()
+    yaml.Representer = _Representer
     yaml.width = 10_000
-    yaml.dump(document, text)
+    yaml.dump(_explained(loaded.config.model_dump(), loaded, ""), text)
     return text.getvalue()
 
 
-def _annotate(table: CommentedMap, loaded: LoadedConfig, prefix: str) -> None:
-    for key, value in table.items():
-        if isinstance(value, dict) and value:
-            table[key] = CommentedMap(value)
-            _annotate(table[key], loaded, f"{prefix}{key}.")
-        elif not isinstance(value, list) or not value:
-            table.yaml_add_eol_comment(loaded.origin(f"{prefix}{key}"), key)
+class _Representer(RoundTripRepresenter):
+    """Writes null where ruamel would write nothing."""
+
+    def represent_none(self, data: None) -> Any:
+        return self.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
+_Representer.add_representer(type(None), _Representer.represent_none)
+
+
+def _explained(value: Any, loaded: LoadedConfig, prefix: str) -> Any:
+    """Tables and lists of tables as ruamel's own types, the origin behind each other value."""
+    if isinstance(value, dict):
+        node, entries = CommentedMap(value), value.items()
+    else:
+        node, entries = CommentedSeq(value), enumerate(value)
+    for key, entry in entries:
+        if _holds_tables(entry):
+            node[key] = _explained(entry, loaded, f"{prefix}{key}.")
+        else:
+            node[key] = _on_one_line(entry)
+            node.yaml_add_eol_comment(loaded.origin(f"{prefix}{key}"), key, column=0)
+    return node
+
+
+def _holds_tables(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(_holds_tables(entry) for entry in value)
+    return isinstance(value, dict) and bool(value)
+
+
+def _on_one_line(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    node = CommentedSeq(map(_on_one_line, value))
+    node.fa.set_flow_style()
+    return node
 
 
 def forbidden_changes(saved: RunConfig, now: RunConfig) -> list[str]:

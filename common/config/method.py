@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -34,7 +34,7 @@ class AdvantageConfig(Section):
     """
 
     type: Literal["group_std", "group_mean", "group_mean_batch_std", "rloo", "floor", "gdpo"] = "group_std"
-    ddof: Literal[0, 1] = 1
+    ddof: Annotated[int, Field(ge=0, le=1)] = 1
     eps: PositiveFloat = 1e-6
     floor_threshold: float = 1.0
     max_refills: NonNegativeInt = 0
@@ -71,7 +71,7 @@ class LossConfig(Section):
     @field_validator("kl_type", mode="before")
     @classmethod
     def _explain_refused_kl(cls, value: Any) -> Any:
-        if value in REFUSED_KL:
+        if isinstance(value, str) and value in REFUSED_KL:
             raise ValueError(REFUSED_KL[value])
         return value
 
@@ -80,7 +80,7 @@ class LossConfig(Section):
     def _fill_clip(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        low, high = CLIP_DEFAULTS.get(data.get("type", "ppo_clip"), CLIP_DEFAULTS["ppo_clip"])
+        low, high = CLIP_DEFAULTS.get(str(data.get("type")), CLIP_DEFAULTS["ppo_clip"])
         return {"clip_low": low, "clip_high": high, **data}
 
 

@@ -103,11 +103,16 @@ class RewardsSection(Section):
 
 
 class BatchSection(Section):
-    """How sequences are packed: tokens of a row, and rows of one forward and backward pass."""
+    """How sequences are packed: tokens of a row, and rows of one forward and backward pass.
+
+    packed: several sequences a row. share_prompts: a row holds a prompt once, before all its responses in that row; the
+    same numbers for less work where prompts are long against responses, or groups large.
+    """
 
     row_tokens: PositiveInt
     rows_per_microbatch: PositiveInt
     packed: bool = True
+    share_prompts: bool = False
 
 
 class CheckpointSection(Section):

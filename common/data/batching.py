@@ -1,6 +1,7 @@
 """Rollout groups with advantages -> packed train batches, one for each update.
 
-A row holds several sequences, told apart by segment ids; positions restart with each; padding weighs nothing.
+A row holds several sequences, told apart by segment ids; padding weighs nothing. Responses to one prompt may share its
+tokens in a row: each sees the prompt and itself.
 """
 
 from __future__ import annotations
@@ -18,8 +19,14 @@ from common.types import RolloutGroup, TrainBatch
 
 @dataclass(frozen=True)
 class TrainSequence:
-    """One prompt with one response, as it is trained on: all arrays [T], the scalars hold for each sampled token."""
+    """One response with its prompt, as it is trained on.
 
+    prompt: int32 [S]. token_ids: int32 [T], sampled: bool [T], sampling_logprobs: float32 [T], of the response;
+    advantage and weight hold for each sampled token. group: sequences of one group have the same prompt.
+    """
+
+    group: int
+    prompt: np.ndarray
     token_ids: np.ndarray
     sampled: np.ndarray
     sampling_logprobs: np.ndarray
@@ -54,51 +61,77 @@ def train_batches(
 def _sequences(
     groups: Sequence[RolloutGroup], advantages: np.ndarray, aggregation: str, num_before_drops: float, max_length: int
 ) -> list[TrainSequence]:
-    rollouts = [(group.prompt_token_ids, rollout) for group in groups for rollout in group.rollouts]
+    rollouts = [(place, rollout) for place, group in enumerate(groups) for rollout in group.rollouts]
     lengths = np.array([rollout.sampled.sum() for _, rollout in rollouts])
     weights = sequence_weights(aggregation, lengths, num_before_drops, max_length)
     return [
         TrainSequence(
-            token_ids=np.concatenate([prompt, rollout.token_ids]),
-            sampled=np.concatenate([np.zeros(len(prompt), bool), rollout.sampled]),
-            sampling_logprobs=np.concatenate([np.zeros(len(prompt), np.float32), rollout.logprobs]),
+            group=place,
+            prompt=groups[place].prompt_token_ids,
+            token_ids=rollout.token_ids,
+            sampled=rollout.sampled,
+            sampling_logprobs=rollout.logprobs,
             advantage=float(advantage),
             weight=float(weight),
         )
-        for (prompt, rollout), advantage, weight in zip(rollouts, advantages.reshape(-1), weights, strict=True)
+        for (place, rollout), advantage, weight in zip(rollouts, advantages.reshape(-1), weights, strict=True)
     ]
 
 
 def pack(sequences: Sequence[TrainSequence], section: BatchSection) -> TrainBatch:
-    """First-fit by falling length into rows of `row_tokens`; rows filled up to whole micro-batches with padding.
+    """Rows of `row_tokens`, filled up to whole micro-batches with padding.
 
     With `packed` off, one sequence a row. Ties keep the given order, so the result depends on the input alone.
     """
-    rows = _assign_rows(np.array([len(sequence.token_ids) for sequence in sequences]), section)
+    rows = _assign_rows(sequences, section)
     num_rows = -(-len(rows) // section.rows_per_microbatch) * section.rows_per_microbatch
     batch = _empty_batch(num_rows, section.row_tokens)
     for row, members in enumerate(rows):
-        start = 0
-        for segment, member in enumerate(members, start=1):
-            start = _place(batch, sequences[member], row, start, segment)
+        _fill_row(batch, row, [sequences[member] for member in members], section.share_prompts)
     return batch
 
 
-def _assign_rows(lengths: np.ndarray, section: BatchSection) -> list[list[int]]:
-    assert lengths.max() <= section.row_tokens, "the config check bounds prompt and response"
+@dataclass
+class _Row:
+    """A row being planned: its sequences, the prompts that it holds, and the tokens left."""
+
+    members: list[int]
+    groups: set[int]
+    room: int
+
+    def cost(self, sequence: TrainSequence, share_prompts: bool) -> int:
+        """Tokens that the sequence would take here."""
+        held = share_prompts and sequence.group in self.groups
+        return len(sequence.token_ids) + (0 if held else len(sequence.prompt))
+
+    def add(self, index: int, sequence: TrainSequence, share_prompts: bool) -> None:
+        self.room -= self.cost(sequence, share_prompts)
+        self.members.append(index)
+        self.groups.add(sequence.group)
+
+
+def _assign_rows(sequences: Sequence[TrainSequence], section: BatchSection) -> list[list[int]]:
+    """First fit by falling length; with shared prompts, group by group, and best where the prompt already is."""
     if not section.packed:
-        return [[index] for index in range(len(lengths))]
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for index in np.argsort(-lengths, kind="stable"):
-        row = next((place for place, free in enumerate(room) if free >= lengths[index]), None)
-        if row is None:
-            row = len(rows)
-            rows.append([])
-            room.append(section.row_tokens)
-        rows[row].append(int(index))
-        room[row] -= int(lengths[index])
-    return rows
+        return [[index] for index in range(len(sequences))]
+    share = section.share_prompts
+
+    def order(index: int) -> tuple[int, int]:
+        sequence = sequences[index]
+        length = len(sequence.prompt) + len(sequence.token_ids)
+        return (sequence.group if share else 0, -length)
+
+    rows: list[_Row] = []
+    for index in sorted(range(len(sequences)), key=order):
+        sequence = sequences[index]
+        fitting = [row for row in rows if row.cost(sequence, share) <= row.room]
+        if not fitting:
+            rows.append(_Row([], set(), section.row_tokens))
+            fitting = rows[-1:]
+        # min takes the first of equals: the earliest row.
+        min(fitting, key=lambda row: row.cost(sequence, share)).add(index, sequence, share)
+        assert min(row.room for row in rows) >= 0, "the config check bounds prompt and response"
+    return [row.members for row in rows]
 
 
 def _empty_batch(num_rows: int, row_tokens: int) -> TrainBatch:
@@ -107,8 +140,10 @@ def _empty_batch(num_rows: int, row_tokens: int) -> TrainBatch:
 
     return TrainBatch(
         token_ids=zeros(np.int32),
-        positions=np.tile(np.arange(row_tokens, dtype=np.int32), (num_rows, 1)),
+        positions=zeros(np.int32),
         segment_ids=zeros(np.int32),
+        prefix_ids=zeros(np.int32),
+        previous=zeros(np.int32),
         sampled=zeros(bool),
         sampling_logprobs=zeros(np.float32),
         advantages=zeros(np.float32),
@@ -117,14 +152,43 @@ def _empty_batch(num_rows: int, row_tokens: int) -> TrainBatch:
     )
 
 
-def _place(batch: TrainBatch, sequence: TrainSequence, row: int, start: int, segment: int) -> int:
-    """Write one sequence into a row that is still being built; returns where the next one starts."""
+def _fill_row(batch: TrainBatch, row: int, sequences: Sequence[TrainSequence], share_prompts: bool) -> None:
+    """Write sequences into an empty row of a batch that is still being built."""
+    end = segment = 0
+    prompts: dict[int, tuple[int, int]] = {}  # group -> segment and last place of the prompt that it shares here
+    for sequence in sorted(sequences, key=lambda sequence: sequence.group) if share_prompts else sequences:
+        if not share_prompts or sequence.group not in prompts:
+            segment += 1
+            end = _write_prompt(batch, row, end, segment, sequence.prompt)
+            prompts[sequence.group] = (segment, end - 1)
+        prefix, last = prompts[sequence.group]
+        segment += share_prompts
+        end = _write_response(batch, row, end, segment, prefix, last, sequence)
+    batch.positions[row, end:] = np.arange(batch.positions.shape[1] - end)
+    batch.previous[row, end:] = np.maximum(np.arange(end, batch.positions.shape[1]) - 1, 0)
+
+
+def _write_prompt(batch: TrainBatch, row: int, start: int, segment: int, token_ids: np.ndarray) -> int:
+    end = start + len(token_ids)
+    place = (row, slice(start, end))
+    batch.token_ids[place] = token_ids
+    batch.positions[place] = np.arange(end - start)
+    batch.segment_ids[place] = batch.prefix_ids[place] = segment
+    batch.previous[place] = np.maximum(np.arange(start, end) - 1, start)
+    return end
+
+
+def _write_response(
+    batch: TrainBatch, row: int, start: int, segment: int, prefix: int, last: int, sequence: TrainSequence
+) -> int:
+    """Write a response at `start` that continues the prompt whose last token is at `last`; returns where it ends."""
     end = start + len(sequence.token_ids)
     place = (row, slice(start, end))
     batch.token_ids[place] = sequence.token_ids
-    batch.positions[place] = np.arange(end - start)
-    batch.positions[row, end:] = np.arange(batch.positions.shape[1] - end)
-    batch.segment_ids[place] = segment
+    batch.positions[place] = len(sequence.prompt) + np.arange(end - start)
+    batch.segment_ids[place], batch.prefix_ids[place] = segment, prefix
+    batch.previous[place] = np.arange(start, end) - 1
+    batch.previous[row, start] = last
     batch.sampled[place] = sequence.sampled
     batch.sampling_logprobs[place] = sequence.sampling_logprobs
     batch.advantages[place] = np.where(sequence.sampled, sequence.advantage, 0.0)

@@ -12,21 +12,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from jinja2 import TemplateError
 
 from common.config.section import ConfigError
 from common.types import FinishReason, Message, Rollout, Span
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
-# Splits a control token that a message spells out, so that the template's own ones stand alone; taken out again
-# before the text is encoded. U+E000 is private use: no tokenizer or template gives it a meaning.
-_BREAK = "\ue000"
+# One of these splits a control token that a message spells out, so that the template's own ones stand alone; it is
+# taken out again before the text is encoded. Private use: no tokenizer or template gives them a meaning.
+_BREAKS = [chr(code) for code in range(0xE000, 0xF900)]
+_REPLACEMENT = "\ufffd"  # what a character decodes to until its last token is there
+
+_PROBE = (Message("user", "What is 1 + 1?"), Message("assistant", "Two."), Message("user", " And\n\n2 + 2?"))
 
 
 class Chat:
     """The tokenizer of a model folder with its chat template.
 
-    Raises ConfigError when the folder holds no tokenizer or the tokenizer no chat template.
+    Raises ConfigError when the folder holds no tokenizer, or one without a chat template that it can be used with.
     """
 
     def __init__(self, folder: Path, system: str | None = None) -> None:
@@ -41,9 +45,30 @@ class Chat:
                 f"model folder {folder}: the tokenizer has no chat template. Use an instruct or chat model."
             )
         self._system = system
-        self._control = re.compile("|".join(map(re.escape, sorted(self._tokenizer.all_special_tokens, key=len)[::-1])))
         self.vocabulary: dict[str, int] = self._tokenizer.get_vocab()
+        self._control = self._control_tokens()
         self.stop_ids = self._stop_ids(folder)
+        self._check_pieces(folder)
+
+    def _control_tokens(self) -> re.Pattern[str]:
+        """The tokens that frames are made of: those marked special, those of the template, and the think markers.
+
+        Some models leave the role tokens of their own template unmarked (DeepSeek-R1); they are marked here, or else
+        the tokenizer would read them out of a message.
+        """
+        template = str(self._tokenizer.chat_template)
+        control = [
+            token
+            for token in self._tokenizer.added_tokens_decoder.values()
+            if token.special
+            or token.content in (THINK_OPEN, THINK_CLOSE)
+            or (token.content.strip() and token.content in template)
+        ]
+        for token in control:
+            token.special = True
+        self._tokenizer.add_tokens(control, special_tokens=True)
+        longest_first = sorted((token.content for token in control), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def _stop_ids(self, folder: Path) -> tuple[int, ...]:
         """End tokens: the tokenizer's and those that generation_config.json lists."""
@@ -55,35 +80,62 @@ class Chat:
             ids |= set(listed) if isinstance(listed, list) else {listed}
         return tuple(sorted(token for token in ids if token is not None))
 
+    def _check_pieces(self, folder: Path) -> None:
+        """Some tokenizers read a text differently after a control token than alone; their prompts would be off."""
+        turns = [message._asdict() for message in _PROBE]
+        expected = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        if self._encode(self._render(turns)) != expected:
+            raise ConfigError(
+                f"model folder {folder}: its tokenizer joins text and control tokens (it strips or adds spaces there), "
+                "which is not supported. Use a model with a byte-level tokenizer."
+            )
+
     def encode_prompt(self, messages: Sequence[Message]) -> np.ndarray:
         """The whole prompt, up to where the assistant's answer begins: int32 [T]."""
-        text = self.render(messages)
-        pieces, last = [], 0
-        for match in self._control.finditer(text):
-            pieces += self._encode_text(text[last : match.start()])
-            pieces.append(self.vocabulary[match.group()])
-            last = match.end()
-        pieces += self._encode_text(text[last:])
-        return np.asarray(pieces, np.int32)
-
-    def render(self, messages: Sequence[Message]) -> str:
-        """The template's text, control tokens inside messages broken so that only the frame's own match."""
-        turns = [{"role": message.role, "content": self._break_control(message.content)} for message in messages]
-        if self._system is not None and turns[0]["role"] != "system":
-            turns.insert(0, {"role": "system", "content": self._break_control(self._system)})
-        return self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-
-    def _break_control(self, text: str) -> str:
-        text = text.replace(_BREAK, "")
-        return self._control.sub(lambda match: match.group()[0] + _BREAK + match.group()[1:], text)
-
-    def _encode_text(self, text: str) -> list[int]:
-        text = text.replace(_BREAK, "")
-        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
+        turns, mark = self._broken_turns(messages)
+        return np.asarray(self._encode(self._render(turns), mark), np.int32)
 
     def opens_reasoning(self, messages: Sequence[Message]) -> bool:
         """Whether the template itself opens the think block, so that responses start inside it (DeepSeek-R1, QwQ)."""
-        return self.render(messages).rstrip().endswith(THINK_OPEN)
+        turns, _ = self._broken_turns(messages)
+        return self._render(turns).rstrip().endswith(THINK_OPEN)
+
+    def _broken_turns(self, messages: Sequence[Message]) -> tuple[list[dict[str, str]], str]:
+        """The template's input, control tokens that messages spell out broken; and the mark that breaks them."""
+        if self._system is not None and messages[0].role != "system":
+            messages = [Message("system", self._system), *messages]
+        mark = next(mark for mark in _BREAKS if not any(mark in message.content for message in messages))
+
+        def broken(role: str, content: str) -> str:
+            # The assistant's own think markers are real: templates look for them, and the policy sampled them.
+            kept = (THINK_OPEN, THINK_CLOSE) if role == "assistant" else ()
+            return self._control.sub(
+                lambda match: match[0] if match[0] in kept else f"{match[0][0]}{mark}{match[0][1:]}", content
+            )
+
+        return [{"role": role, "content": broken(role, content)} for role, content in messages], mark
+
+    def _render(self, turns: list[dict[str, str]]) -> str:
+        try:
+            return self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise ConfigError(
+                f"the model's chat template refuses a conversation of turns {roles} ({error}). Change the turns, or "
+                "model.system if the system turn is the problem."
+            ) from None
+
+    def _encode(self, text: str, mark: str = "") -> list[int]:
+        """Token ids of a rendered text, in which each unbroken control token belongs to the frame."""
+        ids, last = [], 0
+        for match in self._control.finditer(text):
+            ids += self._encode_text(text[last : match.start()].replace(mark, ""))
+            ids.append(self.vocabulary[match[0]])
+            last = match.end()
+        return ids + self._encode_text(text[last:].replace(mark, ""))
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
 
     def decode(self, token_ids: Sequence[int] | np.ndarray) -> str:
         """The text of response tokens, control tokens included, spaces as they are."""
@@ -102,10 +154,10 @@ class Chat:
 
         `opened` says that the prompt already opened the think block.
         """
-        body = token_ids[:-1] if finish_reason == "stop" and int(token_ids[-1]) in self.stop_ids else token_ids
+        body = token_ids[:-1] if finish_reason == "stop" else token_ids
         text = self.decode(body)
         start, end = self._reasoning_bounds(text, opened)
-        reasoning = None if end is None else self._span(body, start, end)
+        reasoning = None if end is None else self._span(body, text, start, end)
         after = 0 if end is None else end + len(THINK_CLOSE)
         return Rollout(
             token_ids=token_ids,
@@ -115,7 +167,7 @@ class Chat:
             reasoning_text=None if end is None else text[start:end],
             answer_text=text[after:],
             reasoning=reasoning,
-            answer=self._span(body, after, len(text)),
+            answer=self._span(body, text, after, len(text)),
             finish_reason=finish_reason,
             policy_version=policy_version,
         )
@@ -132,12 +184,16 @@ class Chat:
         end = text.find(THINK_CLOSE, start)
         return start, None if end < 0 else end
 
-    def _span(self, token_ids: np.ndarray, start: int, end: int) -> Span:
-        """Token offsets of the smallest run of tokens that covers characters start to end."""
+    def _span(self, token_ids: np.ndarray, text: str, start: int, end: int) -> Span:
+        """Token offsets of the smallest run of tokens that holds characters start to end of their text."""
 
-        def text_length(count: int) -> int:
+        def begun(count: int) -> int:
             return len(self.decode(token_ids[:count]))
 
+        def complete(count: int) -> int:
+            prefix = self.decode(token_ids[:count])
+            return len(prefix) if text.startswith(prefix) else len(prefix.rstrip(_REPLACEMENT))
+
         counts = range(len(token_ids) + 1)
-        first = max(0, bisect_right(counts, start, key=text_length) - 1)
-        return Span(first, max(first, min(len(token_ids), bisect_left(counts, end, key=text_length))))
+        first = bisect_right(counts, start, key=begun) - 1
+        return Span(first, max(first, min(len(token_ids), bisect_left(counts, end, key=complete))))

@@ -37,7 +37,10 @@ def load_source(section: DataSection, source: DataSource, length: Callable[[Prom
                 raise ConfigError(f"{record} Mend the record, or set data.on_bad_record to skip.")
             bad.append(str(record))
             continue
-        tokens = length(record)
+        try:
+            tokens = length(record)
+        except ConfigError as error:
+            raise ConfigError(f"{source.path}: prompt {record.id!r}: {error}") from None
         if tokens > section.max_prompt_tokens:
             reason = f"{source.path}: prompt {record.id!r} has {tokens} tokens (limit {section.max_prompt_tokens})"
             if section.on_long_prompt == "error":
@@ -46,7 +49,10 @@ def load_source(section: DataSection, source: DataSource, length: Callable[[Prom
             continue
         prompts.append(record)
     if not prompts:
-        raise ConfigError(f"data file {source.path}: no usable record ({len(bad)} bad, {len(long)} too long).")
+        raise ConfigError(
+            f"data file {source.path}: no usable record ({len(bad)} bad, {len(long)} too long). "
+            "Mend the file, raise data.max_prompt_tokens, or take the file out of the data section."
+        )
     return LoadedSource(source.path, tuple(prompts), source.weight, tuple(bad), tuple(long))
 
 

@@ -14,22 +14,26 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 def model_folder(path: str) -> Path:
     """The local folder of a model. Fetches the embedded model or a hub snapshot when it is not there yet.
 
-    Raises ConfigError when there is no such folder or it holds no config.json.
+    Raises ConfigError, without the setting's name, when there is no such folder or it holds no config.json.
     """
     if path.startswith(EMBEDDED):
-        from common.data.embedded_model import embedded_model
-
-        return embedded_model(path.removeprefix(EMBEDDED))
+        return _embedded(path.removeprefix(EMBEDDED))
     folder = Path(path).expanduser()
     if not folder.is_dir() and _HUB_NAME.fullmatch(path):
         folder = _hub_snapshot(path)
     if not (folder / "config.json").is_file():
         state = "holds no config.json" if folder.is_dir() else "no such folder"
-        raise ConfigError(
-            f"model.path = {path!r}: {state}. Give a Hugging Face model folder, a hub name (owner/model), "
-            f"or {EMBEDDED}smollm2."
-        )
+        raise ConfigError(f"{state}. Give a Hugging Face model folder, a hub name (owner/model), or {EMBEDDED}smollm2.")
     return folder
+
+
+def _embedded(name: str) -> Path:
+    from common.data.embedded_model import ModelUnavailable, embedded_model
+
+    try:
+        return embedded_model(name)
+    except (ModelUnavailable, ValueError) as error:
+        raise ConfigError(str(error)) from None
 
 
 def _hub_snapshot(name: str) -> Path:
@@ -42,6 +46,6 @@ def _hub_snapshot(name: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"model.path = {name!r}: no such local folder, and the hub could not be asked ({reason}). "
+            f"no such local folder, and the hub could not be asked ({reason}). "
             "Download the model and give its folder, or check the name and the network."
         ) from None

@@ -64,7 +64,7 @@ def _prompt(record: dict[str, Any], default_id: str, reference_key: str | None) 
         raise BadRecord("the conversation has no user turn to answer. End it with a user turn.")
     images = _images(record, messages)
     return Prompt(
-        id=str(record.get("id", default_id)),
+        id=default_id if record.get("id") is None else str(record["id"]),
         label=_label(record),
         messages=tuple(messages),
         reference=_reference(record, reference_key, answer),
@@ -88,7 +88,7 @@ def _turns(turns: Any, field: str, role_key: str, content_key: str) -> list[Mess
         raise BadRecord(f"{field!r} must be a non-empty list of turns.")
     messages = []
     for index, turn in enumerate(turns):
-        if not isinstance(turn, dict) or turn.get(role_key) not in ROLES:
+        if not isinstance(turn, dict) or str(turn.get(role_key)) not in ROLES:
             raise BadRecord(f"{field}[{index}].{role_key} must be one of {', '.join(ROLES)}.")
         if not isinstance(turn.get(content_key), str):
             raise BadRecord(f"{field}[{index}].{content_key} must be a string.")
@@ -97,8 +97,9 @@ def _turns(turns: Any, field: str, role_key: str, content_key: str) -> list[Mess
 
 
 def _label(record: dict[str, Any]) -> str:
-    extra = record.get("extra_info")
-    label = record.get("label", extra.get("label") if isinstance(extra, dict) else None)
+    label, extra = record.get("label"), record.get("extra_info")
+    if label is None and isinstance(extra, dict):
+        label = extra.get("label")
     if not isinstance(label, str) or not label:
         raise BadRecord("has no 'label' (a string, at top level or in extra_info); the reward recipe needs it.")
     return label

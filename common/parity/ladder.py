@@ -17,12 +17,13 @@ from safetensors import safe_open
 
 from common.algorithms.losses import policy_loss
 from common.config import RunConfig
-from common.parity.measure import loss_kinds
+from common.parity.measure import loss_cases
 from common.parity.recording import batches, off_policy
 from common.types import TrainBatch
 
 LOGPROB = 1e-4
 LOSS_SHARE = 5e-6
+LOSS_SLOPE = 1e-4
 COSINE_GAP = 1e-5
 NORM_RATIO = 1e-4
 GRADIENT_L2 = 1e-3
@@ -78,14 +79,15 @@ def _losses(config: RunConfig, batch: TrainBatch, first: Path, second: Path) -> 
     """Loss differences relative to the sum of |weight x token loss|: an on-policy loss itself is about zero."""
     left, right = (json.loads((folder / "losses.json").read_text()) for folder in (first, second))
     logprobs = np.load(first / "logprobs.npy")
-    kinds = {"own": config.loss, **loss_kinds(config)}
-    for name in left:
-        kind, policy = name.split("/")
-        loss, own = kinds[kind], batch if policy == "on" else off_policy(batch)
+    cases = {"own/on": (config.loss, batch), "own/off": (config.loss, off_policy(batch)), **loss_cases(config, batch)}
+    for name, (loss, own) in cases.items():
         old = logprobs if own.old_logprobs is None else own.old_logprobs
         tokens = policy_loss(loss, logprobs, old, batch.advantages, batch.sampled, batch.segment_ids)
         scale = float(np.abs(batch.policy_weights * tokens).sum())
         yield Rung(f"loss {name}", abs(left[name] - right[name]) / scale, LOSS_SHARE, f"{left[name]:.6g}")
+    file = "loss-gradients.safetensors"
+    for name, a, b in _tensor_pairs(first / file, second / file):
+        yield Rung(f"gradient in logprobs, {name}", _relative_l2(a, b), LOSS_SLOPE, f"norm {np.linalg.norm(a):.6g}")
 
 
 def _gradients(first: Path, second: Path) -> Iterator[Rung]:
@@ -154,7 +156,8 @@ def _norm_gap(left: np.ndarray, right: np.ndarray) -> float:
 
 
 def _relative_l2(left: np.ndarray, right: np.ndarray) -> float:
-    return float(np.linalg.norm(left - right) / np.linalg.norm(left))
+    gap = np.linalg.norm(left - right)
+    return float(gap / np.linalg.norm(left)) if gap else 0.0
 
 
 def _curves(first: Path, second: Path) -> Iterator[Rung]:
@@ -162,7 +165,10 @@ def _curves(first: Path, second: Path) -> Iterator[Rung]:
     for key in ("loss", "mean_logprob"):
         gaps = [abs(a[key] - b[key]) for a, b in zip(left, right, strict=True)]
         yield Rung(
-            f"{key.replace('_', ' ')} over {len(gaps)} replayed steps", max(gaps), CURVE, f"step {np.argmax(gaps)}"
+            f"{key.replace('_', ' ')} over {len(gaps)} replayed steps",
+            float(np.max(gaps)),
+            CURVE,
+            f"step {np.argmax(gaps)}",
         )
 
 

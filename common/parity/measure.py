@@ -28,19 +28,27 @@ class ParityTrainer(PolicyTrainer, Protocol):
         """Loss and gradient of a whole batch under a given loss; nothing is stepped."""
         ...
 
+    def loss_gradient(self, batch: TrainBatch, loss: LossConfig, logprobs: np.ndarray) -> tuple[float, np.ndarray]:
+        """The objective alone, no model: its value at given logprobs [B T] and its gradient with respect to them."""
+        ...
+
     def apply_gradients(self, gradients: Mapping[str, np.ndarray], learning_rate: float) -> None:
         """One optimizer step from these gradients, clip included."""
         ...
 
 
-def loss_kinds(config: RunConfig) -> dict[str, LossConfig]:
-    """Every policy loss without KL, and every KL penalty on the config's own loss, by name."""
+def loss_cases(config: RunConfig, batch: TrainBatch) -> dict[str, tuple[LossConfig, TrainBatch]]:
+    """A batch under every loss: each policy loss, on- and off-policy, and each KL penalty on the config's own loss."""
     types = get_args(LossConfig.model_fields["type"].annotation)
     penalties = get_args(LossConfig.model_fields["kl_type"].annotation)
-    kinds = {kind: LossConfig.model_validate({"type": kind}) for kind in types}
+    cases = {}
+    for kind in types:
+        loss = LossConfig.model_validate({"type": kind})
+        cases |= {f"{kind}/on": (loss, batch), f"{kind}/off": (loss, off_policy(batch))}
     for penalty in penalties:
-        kinds[penalty] = LossConfig.model_validate({"type": config.loss.type, "kl_type": penalty, "kl_coef": 0.1})
-    return kinds
+        loss = LossConfig.model_validate({"type": config.loss.type, "kl_type": penalty, "kl_coef": 1.0})
+        cases[f"{penalty}/off"] = (loss, off_policy(batch))
+    return cases
 
 
 def measure(config: RunConfig, trainer: ParityTrainer, recording: Path, gradients: Path, folder: Path) -> None:
@@ -51,18 +59,20 @@ def measure(config: RunConfig, trainer: ParityTrainer, recording: Path, gradient
     """
     folder.mkdir(parents=True, exist_ok=True)
     recorded = batches(recording)
-    on, off = recorded[0], off_policy(recorded[0])
+    on = recorded[0]
     _sampling(trainer, on, folder)
-    np.save(folder / "logprobs.npy", trainer.logprobs(on, "policy"))
+    logprobs = trainer.logprobs(on, "policy")
+    np.save(folder / "logprobs.npy", logprobs)
     losses: dict[str, float] = {}
-    for name, batch in (("on", on), ("off", off)):
+    for name, batch in (("on", on), ("off", off_policy(on))):
         losses[f"own/{name}"], found = trainer.named_gradients(batch, config.loss)
         save_file(found, folder / f"gradients-{name}.safetensors")
     if not gradients.exists():
         save_file(load_file(folder / "gradients-on.safetensors"), gradients)
-    for kind, loss in loss_kinds(config).items():
-        for name, batch in (("on", on), ("off", off)):
-            losses[f"{kind}/{name}"], _ = trainer.named_gradients(batch, loss)
+    slopes: dict[str, np.ndarray] = {}
+    for name, (loss, batch) in loss_cases(config, on).items():
+        losses[name], slopes[name] = trainer.loss_gradient(batch, loss, logprobs)
+    save_file(slopes, folder / "loss-gradients.safetensors")
     (folder / "losses.json").write_text(json.dumps(losses, indent=1))
     _steps(trainer, recorded, gradients, folder)
 

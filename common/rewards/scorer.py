@@ -6,6 +6,7 @@ A missing score is counted and named; it never becomes a number. Its whole group
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,17 +52,13 @@ class Scorer:
             scores = verifier.score([samples[index] for index in chosen])
             for index, score in zip(chosen, scores, strict=True):
                 results[index][name] = score
-        self._check_missing(results)
-        return self._collect(groups, results)
-
-    def _check_missing(self, results: list[dict[str, Score | Missing]]) -> None:
-        missing = [(name, score) for result in results for name, score in result.items() if isinstance(score, Missing)]
-        if len(missing) > self._max_missing:
-            name, first = missing[0]
-            raise ScoreMissing(
-                f'verifier "{name}": {len(missing)} of {sum(map(len, results))} scores missing, the first because '
-                f"{first.reason}. Limit is {self._max_missing} (rewards.max_missing)."
-            )
+        num_missing = sum(isinstance(score, Missing) for result in results for score in result.values())
+        if num_missing > self._max_missing:
+            raise ScoreMissing(f"{_missing(results)}. Limit is {self._max_missing} (rewards.max_missing).")
+        scored = self._collect(groups, results)
+        if groups and not scored.groups:
+            raise ScoreMissing(f"{_missing(results)}. Every group lost one, so nothing is left to train on.")
+        return scored
 
     def _collect(self, groups: Sequence[RolloutGroup], results: list[dict[str, Score | Missing]]) -> Scored:
         complete, missing, start = [], dict.fromkeys(self.recipe.verifiers, 0), 0
@@ -74,11 +71,17 @@ class Scorer:
             if not absent:
                 terms = self.recipe.terms[group.prompt.label]
                 complete.append(ScoredGroup(group, tuple(_reward(terms, member) for member in members)))
-        if groups and not complete:
-            raise ScoreMissing(
-                f"every one of {len(groups)} groups lost a score ({missing}), so nothing is left to train on."
-            )
         return Scored(tuple(complete), missing)
+
+
+def _missing(results: list[dict[str, Score | Missing]]) -> str:
+    """Which verifier left out most, how many, and the first reason it gave."""
+    missing = [(name, score) for result in results for name, score in result.items() if isinstance(score, Missing)]
+    worst, lost = Counter(name for name, _ in missing).most_common(1)[0]
+    asked = sum(worst in result for result in results)
+    first = next(score for name, score in missing if name == worst)
+    others = f" ({len(missing)} with other verifiers)" if lost < len(missing) else ""
+    return f'verifier "{worst}": {lost} of {asked} scores missing{others}, the first because {first.reason}'
 
 
 def _reward(terms: dict[str, float], scores: dict[str, Score | Missing]) -> Reward:

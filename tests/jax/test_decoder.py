@@ -89,7 +89,7 @@ def hidden(config: DecoderConfig, params: Any, token_ids: Any, positions: Any = 
         positions = np.broadcast_to(np.arange(token_ids.shape[1]), token_ids.shape)
     if segment_ids is None:
         segment_ids = np.ones(token_ids.shape, np.int32)
-    return run(config, params, token_ids, positions, segment_ids, remat="none", compute_dtype=jnp.float32)
+    return run(config, params, token_ids, positions, segment_ids, segment_ids, remat="none", compute_dtype=jnp.float32)
 
 
 def logits(config: DecoderConfig, params: Any, token_ids: Any) -> np.ndarray:

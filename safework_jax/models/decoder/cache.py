@@ -39,7 +39,15 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1]), token_ids.shape)
     segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
     x, prompts = run_layers(
-        config, decoder, token_ids, positions, segment_ids, keep=True, remat="none", compute_dtype=compute_dtype
+        config,
+        decoder,
+        token_ids,
+        positions,
+        segment_ids,
+        segment_ids,
+        keep=True,
+        remat="none",
+        compute_dtype=compute_dtype,
     )
     assert prompts is not None
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]

@@ -188,16 +188,17 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def visible_tokens(positions: jax.Array, segment_ids: jax.Array, window: jax.Array) -> jax.Array:
-    """Who sees whom in packed rows: [B T], [B T], [] -> bool [B T S], True where token t may attend to token s.
+def visible_tokens(positions: jax.Array, segment_ids: jax.Array, prefix_ids: jax.Array, window: jax.Array) -> jax.Array:
+    """Who sees whom in packed rows: [B T] three times, [] -> bool [B T S], True where token t may attend to token s.
 
     Always itself, so that no row of scores is empty: padding, segment 0, sees padding.
     """
     index = jnp.arange(positions.shape[1])
     earlier = index[:, None] >= index
-    same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
+    keys = segment_ids[:, None, :]
+    seen = (segment_ids[:, :, None] == keys) | (prefix_ids[:, :, None] == keys)
     near = positions[:, :, None] - positions[:, None, :] < window
-    return earlier & same_segment & near
+    return earlier & seen & near
 
 
 def attention(query: jax.Array, remembered: KeyValues, visible: jax.Array) -> jax.Array:
@@ -220,6 +221,7 @@ def run_layers(
     token_ids: jax.Array,
     positions: jax.Array,
     segment_ids: jax.Array,
+    prefix_ids: jax.Array,
     *,
     keep: bool,
     remat: Remat,
@@ -237,7 +239,9 @@ def run_layers(
         params, window = layer
 
         def attend(query: jax.Array, new: KeyValues) -> tuple[jax.Array, KeyValues | None]:
-            return attention(query, new, visible_tokens(positions, segment_ids, window)), new if keep else None
+            return attention(
+                query, new, visible_tokens(positions, segment_ids, prefix_ids, window)
+            ), new if keep else None
 
         return nnx.merge(structure, params)(x, rotation, attend)
 
@@ -254,16 +258,25 @@ def hidden_states(
     token_ids: jax.Array,
     positions: jax.Array,
     segment_ids: jax.Array,
+    prefix_ids: jax.Array,
     *,
     remat: Remat,
     compute_dtype: DTypeLike,
 ) -> jax.Array:
-    """Final-normed hidden states of packed rows: int [B T] three times -> compute_dtype [B T D].
+    """Final-normed hidden states of packed rows: int [B T] four times, as in TrainBatch -> compute_dtype [B T D].
 
     remat is what the backward pass recomputes: nothing, all but the matrix products, or whole blocks.
     """
     decoder = bind(config, params)
     x, _ = run_layers(
-        config, decoder, token_ids, positions, segment_ids, keep=False, remat=remat, compute_dtype=compute_dtype
+        config,
+        decoder,
+        token_ids,
+        positions,
+        segment_ids,
+        prefix_ids,
+        keep=False,
+        remat=remat,
+        compute_dtype=compute_dtype,
     )
     return decoder.norm(x)

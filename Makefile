@@ -1,0 +1,35 @@
+# Each target works from a fresh clone with Python 3.11 or 3.12, pip and make.
+PYTHON ?= python3
+BACKEND ?= torch
+ARGS ?=
+
+.PHONY: quickstart test certify lint
+
+# Train SmolLM2-135M by GRPO on two CPU cores: make quickstart [BACKEND=jax] [ARGS="key=value ..."]
+quickstart: .venv-$(BACKEND)/ready
+	.venv-$(BACKEND)/bin/safework train configs/quickstart.yaml \
+	    backend.name=$(BACKEND) run.dir=runs/quickstart-$(BACKEND) $(ARGS)
+
+# All tests, style, types and import contracts.
+test: lint
+	OMP_NUM_THREADS=2 .venv-dev/bin/python -m pytest $(ARGS)
+
+lint: .venv-dev/ready
+	.venv-dev/bin/ruff check .
+	.venv-dev/bin/ruff format --check .
+	.venv-dev/bin/pyright
+
+# The parity ladder on SmolLM2-135M with 20 replayed steps; writes the certificate that the repository carries.
+certify: .venv-dev/ready
+	OMP_NUM_THREADS=2 .venv-dev/bin/safework parity configs/quickstart.yaml --steps 20 \
+	    --out tests/parity/certificate-smollm2-135m.json $(ARGS)
+
+# One environment for each engine, and one with both for the tests.
+.venv-torch/ready: EXTRA = torch
+.venv-jax/ready: EXTRA = jax
+.venv-dev/ready: EXTRA = torch,jax,dev
+.venv-%/ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRA)]"
+	touch $@

@@ -1,0 +1,95 @@
+"""A value that does not fit its section -> one sentence: the key, its value, who set it, what fits, what to do."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from common.config.merge import DEFAULT
+from common.config.section import ConfigError
+
+# What pydantic's error types mean to somebody who writes YAML.
+_WORDS = {
+    "int_type": "must be a whole number. Write it without quotes, point or exponent",
+    "float_type": "must be a number. Write it without quotes",
+    "finite_number": "must be a finite number. Choose one",
+    "bool_type": "must be true or false. Write one of the two, without quotes",
+    "string_type": "must be text. Put it in quotes",
+    "list_type": "must be a list. Write [first, second]",
+    "dict_type": "must be a table. Write its keys below it, or {{key: value}}",
+    "model_type": "must be a table. Write its keys below it, or {{key: value}}",
+    "literal_error": "must be {expected}. Choose one of these",
+    "greater_than": "must be greater than {gt}. Raise it",
+    "greater_than_equal": "must be at least {ge}. Raise it",
+    "less_than": "must be less than {lt}. Lower it",
+    "less_than_equal": "must be at most {le}. Lower it",
+    "too_short": "must have at least {min_length} entries. Add what is missing",
+    "value_error": "{error}",
+}
+_LONGEST_VALUE = 200
+
+Model = TypeVar("Model", bound=BaseModel)
+Origin = Callable[[str], str]
+
+
+def parse_table(model: type[Model], table: Mapping[str, Any], prefix: str, origin: Origin) -> Model:
+    """The table that stands at the dotted key `prefix`, as its section. Raises ConfigError, one sentence a problem.
+
+    `origin` says where a dotted key was set, or `default`; for the empty key, which files the config is made of.
+    """
+    try:
+        return model.model_validate(table)
+    except ValidationError as error:
+        problems = [_problem(model, details, prefix, origin) for details in error.errors()]
+    raise ConfigError("\n".join(problems))
+
+
+def sentence(key: str, value: Any, origin: str, problem: str) -> str:
+    """`key = value (origin): problem`."""
+    return f"{key} = {shown(value)} ({origin}): {problem}"
+
+
+def shown(value: Any) -> str:
+    """A config value as a person would recognise it, cut when it is long."""
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
+
+
+def unknown_key(key: str, origin: str, known: list[str]) -> str:
+    """The sentence for a key that is not there, with the name that may have been meant."""
+    close = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
+    hint = f"Did you mean {close[0]!r}?" if close else f"Known keys here: {', '.join(known) or 'none'}."
+    return f"{key} ({origin}): is not a key of the config. {hint}"
+
+
+def _problem(model: type[BaseModel], details: Any, prefix: str, origin: Origin) -> str:
+    parts = [str(part) for part in details["loc"]]
+    key = ".".join([prefix, *parts] if prefix else parts)
+    if details["type"] == "missing":
+        remedy = f"Set it in a run file or as {key}=value." if "." in key else "Include a file that has this table."
+        return f"{key} ({_origin_around(key, origin)}): is not set and has no default. {remedy}"
+    if details["type"] == "extra_forbidden":
+        return unknown_key(key, origin(key), _known_keys(model, parts[:-1]))
+    known = _WORDS.get(details["type"])
+    words = known.format(**details.get("ctx", {})) if known else details["msg"]
+    return sentence(key, details["input"], origin(key), f"{words}.")
+
+
+def _origin_around(key: str, origin: Origin) -> str:
+    """Where the closest table around a missing key was begun."""
+    table = key.rpartition(".")[0]
+    found = origin(table)
+    return _origin_around(table, origin) if found == DEFAULT else found
+
+
+def _known_keys(model: Any, parts: list[str]) -> list[str]:
+    for part in parts:
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            model = model.model_fields[part].annotation
+        else:  # list[Section] or dict[str, Section]: the part is an index or a name
+            model = get_args(model)[-1]
+    return sorted(model.model_fields)

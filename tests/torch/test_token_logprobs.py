@@ -1,0 +1,120 @@
+"""Chunked logprobs and entropies of the torch engine against a whole log-softmax in float64, gradients included."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from safework_torch.token_logprobs import CHUNK, token_logprobs
+
+DIM, VOCABULARY = 12, 57
+
+
+def inputs(rows: int, tokens: int, share: float = 0.7) -> tuple[torch.Tensor, ...]:
+    """Hidden states [B T D], weight [V D], token ids [B T], wanted [B T] with no token at a row's start."""
+    generator = torch.Generator().manual_seed(rows * 10_000 + tokens)
+    hidden = torch.randn((rows, tokens, DIM), generator=generator)
+    weight = torch.randn((VOCABULARY, DIM), generator=generator)
+    token_ids = torch.randint(0, VOCABULARY, (rows, tokens), generator=generator)
+    wanted = torch.rand((rows, tokens), generator=generator) < share
+    wanted[:, 0] = False
+    return hidden, weight, token_ids, wanted
+
+
+def plain(
+    hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor, wanted: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formula, in the dtype of its inputs, with all logits at once."""
+    everything = torch.log_softmax(hidden[:, :-1] @ weight.T / temperature, dim=-1)
+    chosen = everything.gather(-1, token_ids[:, 1:, None])[..., 0]
+    entropy = -(everything.exp() * everything).sum(dim=-1)
+    return tuple(torch.nn.functional.pad(x, (1, 0)) * wanted for x in (chosen, entropy))
+
+
+def assert_close(ours: torch.Tensor, exact: torch.Tensor) -> None:
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 2), (3, 40), (2, 700), (5, 206)])
+def test_values_and_gradients_equal_the_plain_formula(rows: int, tokens: int, temperature: float) -> None:
+    hidden, weight, token_ids, wanted = inputs(rows, tokens)
+    wanted[0, 1] = True
+    upstream = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
+    found = []
+    for function, dtype in ((token_logprobs, torch.float32), (plain, torch.float64)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
+        logprobs, entropy = function(*leaves, token_ids, wanted, temperature)
+        (logprobs * upstream).sum().backward()
+        found.append((logprobs, entropy, *(leaf.grad for leaf in leaves)))
+    for ours, exact in zip(*found, strict=True):
+        assert_close(ours.detach(), exact.detach())
+    logprobs, entropy = found[0][:2]
+    assert (logprobs[wanted] < 0).all() and (entropy[wanted] > 0).all()
+    assert not logprobs[~wanted].any() and not entropy[~wanted].any()
+
+
+@pytest.mark.parametrize("count", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 3])
+def test_every_number_of_wanted_tokens_around_the_chunk_size(count: int) -> None:
+    hidden, weight, token_ids, wanted = inputs(1, 2 * CHUNK + 10)
+    wanted = torch.arange(wanted.shape[1])[None] > wanted.shape[1] - count - 1
+    assert wanted.sum() == count
+    logprobs, entropy = token_logprobs(hidden, weight, token_ids, wanted, 1.0)
+    exact = plain(hidden.double(), weight.double(), token_ids, wanted, 1.0)
+    assert_close(logprobs, exact[0])
+    assert_close(entropy, exact[1])
+
+
+def test_large_logits_stay_exact() -> None:
+    hidden, weight, token_ids, wanted = inputs(2, 50)
+    logprobs, entropy = token_logprobs(30 * hidden, weight, token_ids, wanted, 1.0)
+    exact = plain(30 * hidden.double(), weight.double(), token_ids, wanted, 1.0)
+    assert exact[0].min() < -100
+    torch.testing.assert_close(logprobs.double(), exact[0], rtol=1e-5, atol=2e-4)
+    torch.testing.assert_close(entropy.double(), exact[1], rtol=1e-3, atol=1e-4)
+
+
+def test_nothing_wanted_is_zero_with_zero_gradient() -> None:
+    hidden, weight, token_ids, wanted = inputs(2, 9)
+    hidden.requires_grad_()
+    logprobs, _ = token_logprobs(hidden, weight, token_ids, torch.zeros_like(wanted), 1.0)
+    logprobs.sum().backward()
+    assert not logprobs.any() and not hidden.grad.any()
+
+
+def test_entropy_carries_no_gradient() -> None:
+    hidden, weight, token_ids, wanted = inputs(2, 9)
+    _, entropy = token_logprobs(hidden.requires_grad_(), weight, token_ids, wanted, 1.0)
+    assert not entropy.requires_grad
+
+
+def test_bfloat16_hidden_states_give_fp32_logprobs() -> None:
+    hidden, weight, token_ids, wanted = inputs(2, 60)
+    logprobs, _ = token_logprobs(hidden.bfloat16(), weight, token_ids, wanted, 1.0)
+    assert logprobs.dtype == torch.float32
+    exact, _ = plain(hidden.bfloat16().double(), weight.bfloat16().double(), token_ids, wanted, 1.0)
+    # The product is rounded to bfloat16: 8 bits of a logit of size 10.
+    assert (logprobs - exact).abs().max() < 0.1
+
+
+PEAK_GROWTH = """
+import resource, torch
+from safework_torch.token_logprobs import token_logprobs
+def peak(tokens, vocabulary=1 << 15):
+    hidden = torch.randn((1, tokens, 8)).requires_grad_()
+    weight = torch.randn((vocabulary, 8)).requires_grad_()
+    wanted = torch.arange(tokens)[None] > 0
+    token_logprobs(hidden, weight, torch.zeros((1, tokens), dtype=torch.int64), wanted, 0.7)[0].sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(-peak(600) + peak(2600))
+"""
+
+
+def test_peak_memory_does_not_grow_by_tokens_times_vocabulary() -> None:
+    run = subprocess.run([sys.executable, "-c", PEAK_GROWTH], capture_output=True, text=True, check=True)
+    # 2,000 more tokens x 32,768 x 4 bytes = 250 MiB for one array of all logits.
+    assert float(run.stdout) < 60

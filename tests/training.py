@@ -1,0 +1,134 @@
+"""Run files, data and packed batches of tiny trainings, the same for both engines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from common.config.run import BatchSection
+from common.data.batching import TrainSequence, pack
+from common.trainer import Response, Sampling, SamplingPrompt
+from common.types import TrainBatch
+
+ROOT = Path(__file__).parents[1]
+STATE_FILES = ("model.safetensors", "first_moment.safetensors", "second_moment.safetensors")
+
+
+def write_data(file: Path) -> Path:
+    """Prompts with checkable answers and with checkable instructions, as JSONL."""
+    records = [
+        {"label": "general_rule", "prompt": [{"role": "user", "content": f"Say {n}."}], "reference": str(n)}
+        for n in range(6)
+    ] + [
+        {
+            "label": "instruction_rule",
+            "prompt": [{"role": "user", "content": f"At most {n} words."}],
+            "reference": [["Length", "Words", f"at most {n} words"]],
+        }
+        for n in range(2, 8)
+    ]
+    file.write_text("".join(json.dumps({"id": f"tiny-{n}", **record}) + "\n" for n, record in enumerate(records)))
+    return file
+
+
+def write_run(folder: Path, model: Path, **sections: dict[str, Any]) -> Path:
+    """A run file for a model folder; `sections` change single keys of its sections."""
+    tables: dict[str, Any] = {
+        "run": {"dir": str(folder / "run"), "steps": 20},
+        "backend": {"name": "torch", "threads": 1},
+        "model": {"path": str(model)},
+        "data": {"train": [{"path": str(write_data(folder / "data.jsonl"))}], "max_prompt_tokens": 64},
+        "rollout": {"prompts_per_step": 2, "group_size": 4, "max_new_tokens": 16},
+        "batch": {"row_tokens": 128, "rows_per_microbatch": 2},
+        "optimizer": {"learning_rate": 1e-5},
+    }
+    for name, changes in sections.items():
+        tables[name] = {**tables.get(name, {}), **changes}
+    file = folder / "run.yaml"
+    file.write_text(json.dumps({"include": [str(ROOT / "configs" / "recipe" / "rules.yaml")], **tables}))
+    return file
+
+
+def random_sequences(count: int, vocab_size: int = 320, seed: int = 0) -> list[TrainSequence]:
+    """Prompts of 3 to 8 tokens with responses of 2 to 12, signed advantages, and weights that sum to 1 over tokens."""
+    rng = np.random.default_rng(seed)
+    lengths = [(int(rng.integers(3, 9)), int(rng.integers(2, 13))) for _ in range(count)]
+    total = sum(response for _, response in lengths)
+    return [
+        TrainSequence(
+            group=index,
+            prompt=rng.integers(0, vocab_size, prompt).astype(np.int32),
+            token_ids=rng.integers(0, vocab_size, response).astype(np.int32),
+            sampled=np.ones(response, bool),
+            sampling_logprobs=rng.normal(-6.0, 1.0, response).astype(np.float32),
+            advantage=float(rng.normal()),
+            weight=1.0 / total,
+        )
+        for index, (prompt, response) in enumerate(lengths)
+    ]
+
+
+def packed(
+    sequences: Sequence[TrainSequence], row_tokens: int = 32, rows_per_microbatch: int = 1, packed: bool = True
+) -> TrainBatch:
+    """The sequences as a batch."""
+    section = BatchSection(row_tokens=row_tokens, rows_per_microbatch=rows_per_microbatch, packed=packed)
+    return pack(sequences, section)
+
+
+def token_order(batch: TrainBatch) -> np.ndarray:
+    """Indices of the sampled tokens of a batch, flat, ordered by what they are: the same tokens for every packing.
+
+    Sequences must differ in their token ids.
+    """
+    keys = {}
+    for row, segments in enumerate(batch.segment_ids):
+        for segment in range(1, int(segments.max()) + 1):
+            places = np.flatnonzero(segments == segment)
+            keys[tuple(batch.token_ids[row, places])] = [
+                row * segments.size + place for place in places if batch.sampled[row, place]
+            ]
+    return np.concatenate([keys[key] for key in sorted(keys)])
+
+
+def sampling_rule(**changes: Any) -> Sampling:
+    """Plain sampling at temperature 1 without stop tokens, 24 tokens long, unless told otherwise."""
+    plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 24, "stop_ids": (), "rows": 64}
+    return Sampling(**{**plain, **changes})
+
+
+def random_prompts(lengths: Sequence[int], group_size: int, max_new_tokens: int = 24) -> list[SamplingPrompt]:
+    """One prompt of each length with the numbers of its group; each prompt depends on its place in the list alone."""
+    prompts = []
+    for index, length in enumerate(lengths):
+        rng = np.random.default_rng(index)
+        token_ids = rng.integers(3, 259, length).astype(np.int32)
+        prompts.append(SamplingPrompt(token_ids, rng.random((group_size, max_new_tokens), np.float32)))
+    return prompts
+
+
+def answered(prompts: Sequence[SamplingPrompt], responses: Sequence[Sequence[Response]]) -> list[TrainSequence]:
+    """Prompts with their sampled responses as they would be trained on."""
+    return [
+        TrainSequence(
+            group=index,
+            prompt=prompt.token_ids,
+            token_ids=response.token_ids,
+            sampled=np.ones(len(response.token_ids), bool),
+            sampling_logprobs=response.logprobs,
+            advantage=1.0,
+            weight=1.0,
+        )
+        for index, (prompt, group) in enumerate(zip(prompts, responses, strict=True))
+        for response in group
+    ]
+
+
+def saved_state(folder: Path) -> dict[str, np.ndarray]:
+    """All arrays of a saved training state, by `file/tensor`."""
+    return {f"{file}/{name}": array for file in STATE_FILES for name, array in load_file(folder / file).items()}
