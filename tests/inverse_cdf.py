@@ -19,22 +19,26 @@ def plain_choice(weights: np.ndarray, uniform: float) -> int:
     return int(np.flatnonzero(weights)[-1])
 
 
-def exact_weights(rows: int, vocabulary: int) -> np.ndarray:
-    """Whole numbers whose sums fp32 holds exactly, [R V]; about half of them 0, whole blocks among them."""
+def exact_cases(rows: int, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights [R V] and uniforms [R] whose sums and products fp32 holds exactly, so that every choice is certain.
+
+    About half of the weights are 0, long stretches among them. The first rows are the edges: a number of 0 before
+    impossible tokens, the largest number below 1 and 1 itself before impossible ones at the end, and a number on the
+    boundary between the tokens up to 255 and those after.
+    """
     rng = np.random.default_rng(vocabulary)
     weights = rng.integers(0, 8, (rows, vocabulary)) * (rng.random((rows, vocabulary)) < 0.6)
+    uniforms = rng.integers(0, 256, rows) / 256
     for row in range(rows):
         start = rng.integers(0, vocabulary)
         weights[row, start : start + 300] = 0
         weights[row, rng.integers(0, vocabulary)] = 5
-    return weights.astype(np.float32)
-
-
-def exact_uniforms(weights: np.ndarray) -> np.ndarray:
-    """Numbers [R] whose product with the row's total fp32 holds exactly: 0, the largest below 1, multiples of 1/256."""
-    uniforms = np.random.default_rng(1).integers(0, 256, len(weights)).astype(np.float32) / 256
-    uniforms[0], uniforms[1] = 0.0, LARGEST_UNIFORM
-    return uniforms
+    half = min(256, vocabulary // 2)
+    weights[:4, half] = 5
+    weights[0, :half] = weights[1:3, half + 1 :] = weights[3] = 0
+    weights[3, half - 1] = weights[3, half] = 3
+    uniforms[:4] = 0.0, LARGEST_UNIFORM, 1.0, 0.5
+    return weights.astype(np.float32), uniforms.astype(np.float32)
 
 
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:

@@ -170,40 +170,35 @@ class NumpyTrainer:
 
     def gradient(self, table: np.ndarray, batch: TrainBatch) -> tuple[float, np.ndarray, Sums]:
         """The loss of a batch under a table, its gradient [CLASSES V], and its statistics."""
-        logprobs, probabilities, entropy = self._forward(table, batch)
+        log_all = self._log_softmax(table)
         constants = TokenArrays(*(getattr(batch, name) for name in TokenArrays._fields))
-        total, sums = loss_and_slopes(self._config.loss, logprobs, entropy, constants)
+        entropy = -(np.exp(log_all) * log_all).sum(axis=1)[_classes(batch)]
+        total, sums = loss_and_slopes(self._config.loss, _logprobs(log_all, batch), entropy, constants)
         # From d loss / d logprob to d loss / d logits: one-hot minus probabilities.
         slopes = np.where(batch.positions > 0, total.slope, 0.0) / self._config.rollout.temperature
         gradient = np.zeros_like(table)
         np.add.at(gradient, (_classes(batch), batch.token_ids), slopes)
-        np.add.at(gradient, _classes(batch), -slopes[..., None] * probabilities)
-        return float(total.value), gradient, sums
+        of_class = np.bincount(_classes(batch).ravel(), slopes.ravel(), CLASSES)
+        return float(total.value), gradient - of_class[:, None] * np.exp(log_all), sums
 
-    def _forward(self, table: np.ndarray, batch: TrainBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Logprobs [B T], probabilities [B T V] and entropy [B T] of each token after the one before it."""
-        temperature = self._config.rollout.temperature
-        logits = table[_classes(batch)] / temperature
-        logits = logits - logits.max(axis=-1, keepdims=True)
-        log_all = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-        logprobs = np.take_along_axis(log_all, batch.token_ids[..., None], axis=-1)[..., 0]
-        probabilities = np.exp(log_all)
-        inside = batch.positions > 0
-        return np.where(inside, logprobs, 0.0), probabilities, -(probabilities * log_all).sum(axis=-1) * inside
+    def _log_softmax(self, table: np.ndarray) -> np.ndarray:
+        """Log-probabilities at the sampling temperature, [CLASSES V]."""
+        logits = table / self._config.rollout.temperature
+        logits = logits - logits.max(axis=1, keepdims=True)
+        return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
     def logprobs(self, batch: TrainBatch, which: Literal["policy", "reference"]) -> np.ndarray:
         """float32 [B T]; see PolicyTrainer."""
         self.calls[which] += 1
-        return self._forward(self.table if which == "policy" else self._reference, batch)[0].astype(np.float32)
+        table = self.table if which == "policy" else self._reference
+        return _logprobs(self._log_softmax(table), batch).astype(np.float32)
 
     def sample(self, prompts: Sequence[SamplingPrompt], sampling: Sampling) -> list[list[Response]]:
         """Token by token by inverse CDF; top-k and top-p are not this trainer's business."""
         self.calls["sample"] += 1
         assert sampling.top_k == 0, "not implemented here"
         assert sampling.top_p == 1.0, "not implemented here"
-        logits = self.table / sampling.temperature
-        logits = logits - logits.max(axis=1, keepdims=True)
-        log_all = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        log_all = self._log_softmax(self.table)
         ends = np.exp(log_all).cumsum(axis=1)
         return [[_respond(prompt, row, log_all, ends, sampling) for row in prompt.uniforms] for prompt in prompts]
 
@@ -231,13 +226,19 @@ def _classes(batch: TrainBatch) -> np.ndarray:
     return np.roll(batch.token_ids, 1, axis=1) % CLASSES
 
 
+def _logprobs(log_all: np.ndarray, batch: TrainBatch) -> np.ndarray:
+    """[B T], 0 where a segment starts."""
+    return np.where(batch.positions > 0, log_all[_classes(batch), batch.token_ids], 0.0)
+
+
 def _respond(
     prompt: SamplingPrompt, uniforms: np.ndarray, log_all: np.ndarray, ends: np.ndarray, sampling: Sampling
 ) -> Response:
     previous, token_ids, logprobs = int(prompt.token_ids[-1]), [], []
     for uniform in uniforms:
         row = previous % CLASSES
-        previous = int(np.searchsorted(ends[row], uniform * ends[row, -1], side="right"))
+        place = np.searchsorted(ends[row], uniform * ends[row, -1], side="right")
+        previous = min(int(place), len(ends[row]) - 1)  # past the end where the logits are not finite
         token_ids.append(previous)
         logprobs.append(log_all[row, previous])
         if previous in sampling.stop_ids:

@@ -54,46 +54,40 @@ def write_run(folder: Path, model: Path, **sections: dict[str, Any]) -> Path:
     return file
 
 
-def random_sequences(count: int, vocab_size: int = 320, seed: int = 0) -> list[TrainSequence]:
-    """Prompts of 3 to 8 tokens with responses of 2 to 12, signed advantages, and weights that sum to 1 over tokens."""
+def random_sequences(count: int, vocab_size: int = 320, seed: int = 0, group_size: int = 3) -> list[TrainSequence]:
+    """Prompts of 3 to 8 tokens, `group_size` responses of 2 to 12 tokens to each, signed advantages, and weights that
+    sum to 1 over all responses' tokens.
+    """
     rng = np.random.default_rng(seed)
-    lengths = [(int(rng.integers(3, 9)), int(rng.integers(2, 13))) for _ in range(count)]
-    total = sum(response for _, response in lengths)
+    prompts = [rng.integers(0, vocab_size, rng.integers(3, 9)).astype(np.int32) for _ in range(0, count, group_size)]
+    responses = [rng.integers(0, vocab_size, rng.integers(2, 13)).astype(np.int32) for _ in range(count)]
     return [
         TrainSequence(
-            group=index,
-            prompt=rng.integers(0, vocab_size, prompt).astype(np.int32),
-            token_ids=rng.integers(0, vocab_size, response).astype(np.int32),
-            sampled=np.ones(response, bool),
-            sampling_logprobs=rng.normal(-6.0, 1.0, response).astype(np.float32),
+            group=index // group_size,
+            prompt=prompts[index // group_size],
+            token_ids=response,
+            sampled=np.ones(len(response), bool),
+            sampling_logprobs=rng.normal(-6.0, 1.0, len(response)).astype(np.float32),
             advantage=float(rng.normal()),
-            weight=1.0 / total,
+            weight=1.0 / sum(map(len, responses)),
         )
-        for index, (prompt, response) in enumerate(lengths)
+        for index, response in enumerate(responses)
     ]
 
 
-def packed(
-    sequences: Sequence[TrainSequence], row_tokens: int = 32, rows_per_microbatch: int = 1, packed: bool = True
-) -> TrainBatch:
-    """The sequences as a batch."""
-    section = BatchSection(row_tokens=row_tokens, rows_per_microbatch=rows_per_microbatch, packed=packed)
-    return pack(sequences, section)
+def packed(sequences: Sequence[TrainSequence], row_tokens: int = 32, rows: int = 1, **changes: bool) -> TrainBatch:
+    """The sequences as a batch for micro-batches of `rows` rows; `changes` set `packed` and `share_prompts`."""
+    return pack(sequences, BatchSection(row_tokens=row_tokens, rows_per_microbatch=rows, **changes))
 
 
-def token_order(batch: TrainBatch) -> np.ndarray:
-    """Indices of the sampled tokens of a batch, flat, ordered by what they are: the same tokens for every packing.
-
-    Sequences must differ in their token ids.
-    """
-    keys = {}
+def response_places(batch: TrainBatch, sequences: Sequence[TrainSequence]) -> list[tuple[int, np.ndarray]]:
+    """Row and places [T] of each sequence's response, found by its tokens: responses must differ."""
+    found = {}
     for row, segments in enumerate(batch.segment_ids):
         for segment in range(1, int(segments.max()) + 1):
-            places = np.flatnonzero(segments == segment)
-            keys[tuple(batch.token_ids[row, places])] = [
-                row * segments.size + place for place in places if batch.sampled[row, place]
-            ]
-    return np.concatenate([keys[key] for key in sorted(keys)])
+            places = np.flatnonzero((segments == segment) & batch.sampled[row])
+            found[batch.token_ids[row, places].tobytes()] = (row, places)
+    return [found[sequence.token_ids.tobytes()] for sequence in sequences]
 
 
 def sampling_rule(**changes: Any) -> Sampling:
@@ -116,7 +110,7 @@ def answered(prompts: Sequence[SamplingPrompt], responses: Sequence[Sequence[Res
     """Prompts with their sampled responses as they would be trained on."""
     return [
         TrainSequence(
-            group=index,
+            group=group,
             prompt=prompt.token_ids,
             token_ids=response.token_ids,
             sampled=np.ones(len(response.token_ids), bool),
@@ -124,8 +118,8 @@ def answered(prompts: Sequence[SamplingPrompt], responses: Sequence[Sequence[Res
             advantage=1.0,
             weight=1.0,
         )
-        for index, (prompt, group) in enumerate(zip(prompts, responses, strict=True))
-        for response in group
+        for group, (prompt, answers) in enumerate(zip(prompts, responses, strict=True))
+        for response in answers
     ]
 
 

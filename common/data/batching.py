@@ -84,8 +84,8 @@ def pack(sequences: Sequence[TrainSequence], section: BatchSection) -> TrainBatc
     With `packed` off, one sequence a row. Ties keep the given order, so the result depends on the input alone.
     """
     rows = _assign_rows(sequences, section)
-    num_rows = -(-len(rows) // section.rows_per_microbatch) * section.rows_per_microbatch
-    batch = _empty_batch(num_rows, section.row_tokens)
+    rows += [[]] * (-len(rows) % section.rows_per_microbatch)
+    batch = _empty_batch(len(rows), section.row_tokens)
     for row, members in enumerate(rows):
         _fill_row(batch, row, [sequences[member] for member in members], section.share_prompts)
     return batch

@@ -22,6 +22,7 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 # One of these splits a control token that a message spells out, so that the template's own ones stand alone; it is
 # taken out again before the text is encoded. Private use: no tokenizer or template gives them a meaning.
 _BREAKS = [chr(code) for code in range(0xE000, 0xF900)]
+_CONTROL_STYLE = re.compile(r"<[|｜].+[|｜]>")
 _REPLACEMENT = "\ufffd"  # what a character decodes to until its last token is there
 
 _PROBE = (Message("user", "What is 1 + 1?"), Message("assistant", "Two."), Message("user", " And\n\n2 + 2?"))
@@ -51,7 +52,7 @@ class Chat:
         self._check_pieces(folder)
 
     def _control_tokens(self) -> re.Pattern[str]:
-        """The tokens that frames are made of: those marked special, those of the template, and the think markers.
+        """The tokens that frames are made of: those marked special, those of the template, <|…|>, and think markers.
 
         Some models leave the role tokens of their own template unmarked (DeepSeek-R1); they are marked here, or else
         the tokenizer would read them out of a message.
@@ -63,6 +64,7 @@ class Chat:
             if token.special
             or token.content in (THINK_OPEN, THINK_CLOSE)
             or (token.content.strip() and token.content in template)
+            or _CONTROL_STYLE.fullmatch(token.content)
         ]
         for token in control:
             token.special = True
@@ -196,4 +198,5 @@ class Chat:
 
         counts = range(len(token_ids) + 1)
         first = bisect_right(counts, start, key=begun) - 1
-        return Span(first, max(first, min(len(token_ids), bisect_left(counts, end, key=complete))))
+        last = len(token_ids) if end == len(text) else bisect_left(counts, end, key=complete)
+        return Span(first, max(first, last))

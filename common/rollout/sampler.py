@@ -31,11 +31,7 @@ class Draw(NamedTuple):
 def uniforms(seed: int, stream: Stream, step: int, draw: int, num_samples: int, length: int) -> np.ndarray:
     """One number in [0, 1) per token of each sample: float32 [num_samples length]."""
     keys = [[seed, _STREAM_KEYS[stream], step, draw, sample] for sample in range(num_samples)]
-    return np.stack([np.random.Generator(np.random.Philox(key)).random(length, np.float32) for key in _seeds(keys)])
-
-
-def _seeds(keys: list[list[int]]) -> list[np.random.SeedSequence]:
-    return [np.random.SeedSequence(key) for key in keys]
+    return np.stack([np.random.Generator(np.random.Philox(key)).random(length, np.float32) for key in keys])
 
 
 def sampling_rule(section: RolloutSection, chat: Chat) -> Sampling:

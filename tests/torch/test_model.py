@@ -18,7 +18,9 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.config import ConfigError
+from common.data.batching import TrainSequence
 from safework_torch.model import head, hidden_states, load_model, recompute
+from tests.training import packed, random_sequences, response_places
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -50,9 +52,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 16, "num_key_value_heads": 1}),
     "qwen3-sliding-biased": ("qwen3", {"head_dim": 16, "attention_bias": True, **SLIDING}),
 }
-LENGTHS = (9, 14, 4, 17, 11)
-ROWS = ((0, 1, 2), (3, 4), ())  # the last row is padding alone
+SEQUENCES = random_sequences(8, SIZES["vocab_size"])
 ROW_TOKENS = 32
+PACKINGS = ({"packed": False}, {"share_prompts": False}, {"share_prompts": True})
 
 
 @pytest.fixture(scope="module")
@@ -77,37 +79,25 @@ def reference_model(folder: Path) -> Any:
     return model
 
 
-def sequences() -> list[torch.Tensor]:
-    rng = np.random.default_rng(0)
-    return [torch.from_numpy(rng.integers(0, SIZES["vocab_size"], length)) for length in LENGTHS]
-
-
-def packed_rows(rows: tuple[tuple[int, ...], ...] = ROWS) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids, positions and segment ids [B T] of the sequences, one after the other, padding behind them."""
-    token_ids, segment_ids = (torch.zeros((len(rows), ROW_TOKENS), dtype=torch.int64) for _ in range(2))
-    positions = torch.arange(ROW_TOKENS).tile(len(rows), 1)
-    for row, start, sequence, segment in _places(rows):
-        place = (row, slice(start, start + len(sequence)))
-        token_ids[place], segment_ids[place], positions[place] = sequence, segment, torch.arange(len(sequence))
-    return token_ids, positions, segment_ids
-
-
-def _places(rows: tuple[tuple[int, ...], ...]) -> list[tuple[int, int, torch.Tensor, int]]:
-    """(row, start, sequence, segment id) of each sequence."""
-    places = []
-    for row, members in enumerate(rows):
-        start = 0
-        for segment, member in enumerate(members, start=1):
-            places.append((row, start, sequences()[member], segment))
-            start += LENGTHS[member]
-    return places
-
-
-def packed_logits(model: Any, rows: tuple[tuple[int, ...], ...] = ROWS) -> list[torch.Tensor]:
-    """Our logits [T V] of each sequence, cut out of packed rows."""
-    logits = hidden_states(model, *packed_rows(rows)) @ head(model).T
+def packed_logits(model: Any, rows: int = 1, **changes: bool) -> list[torch.Tensor]:
+    """Our logits [T V] of each sequence's response, out of packed rows; the last row is padding alone."""
+    batch = packed(SEQUENCES, ROW_TOKENS, rows, **changes)
+    fields = (batch.token_ids, batch.positions, batch.segment_ids, batch.prefix_ids)
+    tensors = [torch.from_numpy(np.concatenate([array, np.zeros_like(array[:1])])).long() for array in fields]
+    logits = hidden_states(model, *tensors) @ head(model).T
     assert torch.isfinite(logits).all()
-    return [logits[row, start : start + len(sequence)] for row, start, sequence, _ in _places(rows)]
+    return [logits[row, batch.previous[row, places]] for row, places in response_places(batch, SEQUENCES)]
+
+
+def alone(sequence: TrainSequence) -> tuple[torch.Tensor, slice]:
+    """Token ids [1 T] of a prompt with its response, and where the response's logits are."""
+    whole = np.concatenate([sequence.prompt, sequence.token_ids])
+    return torch.from_numpy(whole).long()[None], slice(len(sequence.prompt) - 1, len(whole) - 1)
+
+
+def reference_logits(reference: Any) -> list[torch.Tensor]:
+    """Hugging Face's logits [T V] of each sequence's response, one unpacked sequence at a time."""
+    return [reference(token_ids).logits[0, places] for token_ids, places in map(alone, SEQUENCES)]
 
 
 def gradients(model: Any, logits: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -128,46 +118,50 @@ def assert_equal_gradients(ours: dict[str, torch.Tensor], theirs: dict[str, torc
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_logits_and_gradients_equal_hugging_face(name: str, folders: dict[str, Path]) -> None:
     model, reference = load_model(folders[name], CPU), reference_model(folders[name])
-    ours = packed_logits(model)
-    theirs = [reference(sequence[None]).logits[0] for sequence in sequences()]
+    theirs = reference_logits(reference)
     assert torch.cat(theirs).std() > 0.5
-    for ours_alone, theirs_alone in zip(ours, theirs, strict=True):
-        assert (ours_alone - theirs_alone).abs().max() < 1e-4
-    assert_equal_gradients(gradients(model, ours), gradients(reference, theirs), 1e-4)
+    expected = gradients(reference, theirs)
+    for packing in PACKINGS:
+        ours = packed_logits(model, **packing)
+        for ours_alone, theirs_alone in zip(ours, theirs, strict=True):
+            assert (ours_alone - theirs_alone).abs().max() < 1e-4
+        assert_equal_gradients(gradients(model, ours), expected, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2-tied-sliding"])
-def test_neighbours_and_padding_change_nothing(name: str, folders: dict[str, Path]) -> None:
-    model = load_model(folders[name], CPU)
-    for rows in (((0,), (1,), (2,), (3,), (4,)), ((2, 1, 0), (), (4, 3))):
-        order = [member for members in rows for member in members]
-        moved = dict(zip(order, packed_logits(model, rows), strict=True))
-        for member, logits in enumerate(packed_logits(model)):
-            torch.testing.assert_close(moved[member], logits, atol=1e-5, rtol=0)
+def test_packings_are_what_they_are_called() -> None:
+    """Otherwise the test above compares one packing with itself."""
+    alone, whole, shared = (packed(SEQUENCES, ROW_TOKENS, **packing) for packing in PACKINGS)
+    assert len(alone.token_ids) == len(SEQUENCES) > len(whole.token_ids) > len(shared.token_ids)
+    assert (shared.prefix_ids != shared.segment_ids).any()
+    assert all((batch.segment_ids == batch.prefix_ids).all() for batch in (alone, whole))
 
 
-def test_rows_of_padding_add_no_gradient(folders: dict[str, Path]) -> None:
+def test_rows_of_padding_change_nothing(folders: dict[str, Path]) -> None:
     model = load_model(folders["qwen3"], CPU)
-    without = gradients(model, packed_logits(model, ROWS[:2]))
-    assert_equal_gradients(gradients(model, packed_logits(model, (*ROWS, (), ()))), without, 1e-6)
+    without, with_padding = packed_logits(model), packed_logits(model, rows=7)
+    torch.testing.assert_close(with_padding, without, atol=1e-5, rtol=0)
+    assert_equal_gradients(gradients(model, with_padding), gradients(model, without), 1e-6)
 
 
 def test_sliding_window_is_really_there(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Through a shared prompt as well, though it may stand far away in the row."""
     name = "qwen2-tied-sliding"
     settings = json.loads((folders[name] / "config.json").read_text())
     settings |= {"use_sliding_window": False, "layer_types": ["full_attention"] * 3}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     (tmp_path / "model.safetensors").symlink_to(folders[name] / "model.safetensors")
-    slid, full = (packed_logits(load_model(folder, CPU))[3] for folder in (folders[name], tmp_path))
-    torch.testing.assert_close(slid[:5], full[:5], atol=1e-5, rtol=0)
-    assert (slid[6:] - full[6:]).abs().max() > 0.05
+    slid, full = (packed_logits(load_model(folder, CPU)) for folder in (folders[name], tmp_path))
+    for sequence, ours, unlimited in zip(SEQUENCES, slid, full, strict=True):
+        inside = max(0, SLIDING["sliding_window"] - len(sequence.prompt) + 1)
+        torch.testing.assert_close(ours[:inside], unlimited[:inside], atol=1e-5, rtol=0)
+        assert (ours - unlimited).abs()[inside:].amax(dim=1).gt(0.01).all()
 
 
 def test_padding_token_gets_its_gradient(folders: dict[str, Path]) -> None:
     model = load_model(folders["llama"], CPU)
     token_ids = torch.tensor([[3, SIZES["pad_token_id"], 5]])
     ones = torch.ones_like(token_ids)
-    hidden_states(model, token_ids, torch.arange(3)[None], ones).square().sum().backward()
+    hidden_states(model, token_ids, torch.arange(3)[None], ones, ones).square().sum().backward()
     embedding = model.get_input_embeddings().weight.grad
     assert set(embedding.abs().sum(dim=1).nonzero()[:, 0].tolist()) == {3, 5, SIZES["pad_token_id"]}
 

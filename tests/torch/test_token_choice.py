@@ -33,8 +33,7 @@ def random_logits(rows: int, vocabulary: int) -> np.ndarray:
 
 @pytest.mark.parametrize("vocabulary", plain.VOCABULARIES)
 def test_inverse_cdf_equals_the_plain_loop(vocabulary: int) -> None:
-    weights = plain.exact_weights(200, vocabulary)
-    uniforms = plain.exact_uniforms(weights)
+    weights, uniforms = plain.exact_cases(200, vocabulary)
     tokens = inverse_cdf(torch.from_numpy(weights), torch.from_numpy(uniforms)).numpy()
     assert tokens.tolist() == [plain.plain_choice(*pair) for pair in zip(weights, uniforms, strict=True)]
     assert (weights[np.arange(200), tokens] > 0).all()

@@ -13,25 +13,36 @@ from safework_torch.token_logprobs import CHUNK, token_logprobs
 DIM, VOCABULARY = 12, 57
 
 
-def inputs(rows: int, tokens: int, share: float = 0.7) -> tuple[torch.Tensor, ...]:
-    """Hidden states [B T D], weight [V D], token ids [B T], wanted [B T] with no token at a row's start."""
+def inputs(rows: int, tokens: int) -> tuple[torch.Tensor, ...]:
+    """Hidden states [B T D], weight [V D], token ids [B T], previous [B T], wanted [B T].
+
+    Every seventh token is predicted from a place far back, as where responses share a prompt.
+    """
     generator = torch.Generator().manual_seed(rows * 10_000 + tokens)
     hidden = torch.randn((rows, tokens, DIM), generator=generator)
     weight = torch.randn((VOCABULARY, DIM), generator=generator)
     token_ids = torch.randint(0, VOCABULARY, (rows, tokens), generator=generator)
-    wanted = torch.rand((rows, tokens), generator=generator) < share
-    wanted[:, 0] = False
-    return hidden, weight, token_ids, wanted
+    wanted = torch.rand((rows, tokens), generator=generator) < 0.7
+    previous = torch.arange(-1, tokens - 1).tile(rows, 1)
+    previous[:, ::7] //= 2
+    previous[:, 0], wanted[:, 0], wanted[0, 1] = 0, False, True
+    return hidden, weight, token_ids, previous, wanted
 
 
 def plain(
-    hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor, wanted: torch.Tensor, temperature: float
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    previous: torch.Tensor,
+    wanted: torch.Tensor,
+    temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The formula, in the dtype of its inputs, with all logits at once."""
-    everything = torch.log_softmax(hidden[:, :-1] @ weight.T / temperature, dim=-1)
-    chosen = everything.gather(-1, token_ids[:, 1:, None])[..., 0]
+    before = torch.stack([row[places] for row, places in zip(hidden, previous, strict=True)])
+    everything = torch.log_softmax(before @ weight.T / temperature, dim=-1)
+    chosen = everything.gather(-1, token_ids[..., None])[..., 0]
     entropy = -(everything.exp() * everything).sum(dim=-1)
-    return tuple(torch.nn.functional.pad(x, (1, 0)) * wanted for x in (chosen, entropy))
+    return chosen * wanted, entropy * wanted
 
 
 def assert_close(ours: torch.Tensor, exact: torch.Tensor) -> None:
@@ -42,13 +53,12 @@ def assert_close(ours: torch.Tensor, exact: torch.Tensor) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 2), (3, 40), (2, 700), (5, 206)])
 def test_values_and_gradients_equal_the_plain_formula(rows: int, tokens: int, temperature: float) -> None:
-    hidden, weight, token_ids, wanted = inputs(rows, tokens)
-    wanted[0, 1] = True
+    hidden, weight, token_ids, previous, wanted = inputs(rows, tokens)
     upstream = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
     found = []
     for function, dtype in ((token_logprobs, torch.float32), (plain, torch.float64)):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
-        logprobs, entropy = function(*leaves, token_ids, wanted, temperature)
+        logprobs, entropy = function(*leaves, token_ids, previous, wanted, temperature)
         (logprobs * upstream).sum().backward()
         found.append((logprobs, entropy, *(leaf.grad for leaf in leaves)))
     for ours, exact in zip(*found, strict=True):
@@ -60,43 +70,43 @@ def test_values_and_gradients_equal_the_plain_formula(rows: int, tokens: int, te
 
 @pytest.mark.parametrize("count", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 3])
 def test_every_number_of_wanted_tokens_around_the_chunk_size(count: int) -> None:
-    hidden, weight, token_ids, wanted = inputs(1, 2 * CHUNK + 10)
+    hidden, weight, token_ids, previous, wanted = inputs(1, 2 * CHUNK + 10)
     wanted = torch.arange(wanted.shape[1])[None] > wanted.shape[1] - count - 1
     assert wanted.sum() == count
-    logprobs, entropy = token_logprobs(hidden, weight, token_ids, wanted, 1.0)
-    exact = plain(hidden.double(), weight.double(), token_ids, wanted, 1.0)
+    logprobs, entropy = token_logprobs(hidden, weight, token_ids, previous, wanted, 1.0)
+    exact = plain(hidden.double(), weight.double(), token_ids, previous, wanted, 1.0)
     assert_close(logprobs, exact[0])
     assert_close(entropy, exact[1])
 
 
 def test_large_logits_stay_exact() -> None:
-    hidden, weight, token_ids, wanted = inputs(2, 50)
-    logprobs, entropy = token_logprobs(30 * hidden, weight, token_ids, wanted, 1.0)
-    exact = plain(30 * hidden.double(), weight.double(), token_ids, wanted, 1.0)
+    hidden, weight, token_ids, previous, wanted = inputs(2, 50)
+    logprobs, entropy = token_logprobs(30 * hidden, weight, token_ids, previous, wanted, 1.0)
+    exact = plain(30 * hidden.double(), weight.double(), token_ids, previous, wanted, 1.0)
     assert exact[0].min() < -100
     torch.testing.assert_close(logprobs.double(), exact[0], rtol=1e-5, atol=2e-4)
     torch.testing.assert_close(entropy.double(), exact[1], rtol=1e-3, atol=1e-4)
 
 
 def test_nothing_wanted_is_zero_with_zero_gradient() -> None:
-    hidden, weight, token_ids, wanted = inputs(2, 9)
+    hidden, weight, token_ids, previous, wanted = inputs(2, 9)
     hidden.requires_grad_()
-    logprobs, _ = token_logprobs(hidden, weight, token_ids, torch.zeros_like(wanted), 1.0)
+    logprobs, _ = token_logprobs(hidden, weight, token_ids, previous, torch.zeros_like(wanted), 1.0)
     logprobs.sum().backward()
     assert not logprobs.any() and not hidden.grad.any()
 
 
 def test_entropy_carries_no_gradient() -> None:
-    hidden, weight, token_ids, wanted = inputs(2, 9)
-    _, entropy = token_logprobs(hidden.requires_grad_(), weight, token_ids, wanted, 1.0)
+    hidden, weight, token_ids, previous, wanted = inputs(2, 9)
+    _, entropy = token_logprobs(hidden.requires_grad_(), weight, token_ids, previous, wanted, 1.0)
     assert not entropy.requires_grad
 
 
 def test_bfloat16_hidden_states_give_fp32_logprobs() -> None:
-    hidden, weight, token_ids, wanted = inputs(2, 60)
-    logprobs, _ = token_logprobs(hidden.bfloat16(), weight, token_ids, wanted, 1.0)
+    hidden, weight, token_ids, previous, wanted = inputs(2, 60)
+    logprobs, _ = token_logprobs(hidden.bfloat16(), weight, token_ids, previous, wanted, 1.0)
     assert logprobs.dtype == torch.float32
-    exact, _ = plain(hidden.bfloat16().double(), weight.bfloat16().double(), token_ids, wanted, 1.0)
+    exact, _ = plain(hidden.bfloat16().double(), weight.bfloat16().double(), token_ids, previous, wanted, 1.0)
     # The product is rounded to bfloat16: 8 bits of a logit of size 10.
     assert (logprobs - exact).abs().max() < 0.1
 
@@ -107,8 +117,8 @@ from safework_torch.token_logprobs import token_logprobs
 def peak(tokens, vocabulary=1 << 15):
     hidden = torch.randn((1, tokens, 8)).requires_grad_()
     weight = torch.randn((vocabulary, 8)).requires_grad_()
-    wanted = torch.arange(tokens)[None] > 0
-    token_logprobs(hidden, weight, torch.zeros((1, tokens), dtype=torch.int64), wanted, 0.7)[0].sum().backward()
+    places = torch.arange(tokens)[None]
+    token_logprobs(hidden, weight, places, (places - 1).clip(min=0), places > 0, 0.7)[0].sum().backward()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(-peak(600) + peak(2600))
 """

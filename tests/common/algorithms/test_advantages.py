@@ -167,6 +167,7 @@ INFORMATIVE = [
     ("floor", [2, 2], None, None, False),
     # Totals are equal, each verifier's scores are not, and the other way round.
     ("gdpo", [1, 1], [[1, 0], [0, 1]], [[True, True], [True, True]], True),
+    ("gdpo", [1, 0], [[1, 1], [0, 1]], [[True, True], [True, True]], True),  # one verifier is enough
     ("gdpo", [1, 2], [[1, 0], [1, 1]], [[True, False], [True, True]], False),
     ("gdpo", [1, 1], [[1, 1], [1, 1]], [[True, True], [True, True]], False),
 ]

@@ -199,13 +199,14 @@ def test_gspo_has_the_gradient_of_the_sequence_level_objective(signs: tuple[int,
 
 
 def test_gspo_loses_no_digits_to_large_logprobs() -> None:
-    """In float32 at log-probabilities near -12, where one unit in the last place is 1e-6, against clips of 3e-4."""
-    old = np.full((1, 3), -12.3, np.float32)
-    logprobs = old + np.float32(2.0**-12)
+    """In float32 at log-probabilities near -12, where one unit in the last place is 2^-20, against clips of 3e-4."""
+    old = np.full((1, 3), -12.25, np.float32)
+    logprobs = old + np.array([[2.0**-12, 0.0, 0.0]], np.float32)
     everything = np.ones((1, 3), bool)
     found = gspo(logprobs, old, np.ones((1, 3), np.float32), everything, everything.astype(int), 3e-4, 4e-4)
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, -math.exp(float((logprobs - old)[0, 0])), rtol=1.2e-7)
+    # The mean, a third of 2^-12, is 85 1/3 such units; a float32 near 1 is good to 1.2e-7, a third of a unit is 3.2e-7.
+    np.testing.assert_allclose(found, -math.exp(2.0**-12 / 3), rtol=1.2e-7)
 
 
 @pytest.mark.parametrize("kind", ["ppo_clip", "cpg", "cpgd", "cispo", "gspo"])

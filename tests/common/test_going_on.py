@@ -1,0 +1,193 @@
+"""A run that goes on: from its newest checkpoint, with its records cut back to it, as if it had never stopped; and the
+runs that do not go on, each saying why.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from common.algorithms.schedule import learning_rate
+from common.config import load_config
+from common.run_dir import LoopState, RunDir
+from tests.numpy_run import Trained, train
+from tests.runs import lowercase_run, read_lines, saved_steps, untimed
+
+RECORDS = ("metrics.jsonl", "rollouts.jsonl", "evaluation.jsonl")
+
+
+def exercised_run(folder: Path, **sections: dict[str, Any]) -> Path:
+    """A run with two updates a rollout, a reference, refills and evaluations."""
+    loss = {"old_logprobs": "recompute", "updates_per_rollout": 2, "kl_coef": 0.01}
+    defaults: dict[str, dict[str, Any]] = {
+        "run": {"steps": 6},
+        "loss": loss,
+        "advantage": {"max_refills": 1},
+        "evaluation": {"every": 3},
+    }
+    return lowercase_run(folder, **{**defaults, **sections})
+
+
+def assert_equal_runs(found: Trained, expected: Trained) -> None:
+    for name in RECORDS:
+        assert untimed(read_lines(found.folder / name)) == untimed(read_lines(expected.folder / name)), name
+    for run in (found, expected):
+        assert len(run.metrics) == 6
+    last = "checkpoints/step-000006"
+    for name in ("model", "first_moment", "second_moment"):
+        assert (found.folder / last / f"{name}.safetensors").read_bytes() == (
+            expected.folder / last / f"{name}.safetensors"
+        ).read_bytes()
+
+
+@pytest.mark.parametrize("stop", [2, 3, 5])
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, stop: int) -> None:
+    straight = train(exercised_run(tmp_path / "straight"))
+    run_file = exercised_run(tmp_path / "stopped")
+    train(run_file, f"run.steps={stop}")
+    assert_equal_runs(train(run_file), straight)
+
+
+def test_what_a_killed_run_wrote_after_its_checkpoint_is_cut_off(tmp_path: Path) -> None:
+    straight = train(exercised_run(tmp_path / "straight"))
+    run_file = exercised_run(tmp_path / "killed")
+    killed = train(run_file, "run.steps=4").folder
+    for name in RECORDS:
+        with (killed / name).open("a") as file:
+            file.write('{"step": 4, "half a li')
+    half_written = killed / "checkpoints" / "step-000005.partial"
+    half_written.mkdir()
+    (half_written / "model.safetensors").write_bytes(b"half a fi")
+    assert_equal_runs(train(run_file), straight)
+    assert not half_written.exists()
+
+
+def test_a_record_file_shorter_than_its_checkpoint_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_file = lowercase_run(tmp_path)
+    folder = train(run_file).folder
+    (folder / "rollouts.jsonl").unlink()
+    assert train(run_file, "run.steps=6").status == 1
+    assert f"error: {folder / 'rollouts.jsonl'}: is shorter than the " in capsys.readouterr().err
+    assert len(read_lines(folder / "metrics.jsonl")) == 4
+
+
+def test_raised_steps_go_on_with_the_longer_schedule(tmp_path: Path) -> None:
+    run_file = lowercase_run(tmp_path, optimizer={"warmup_fraction": 0.25, "floor_fraction": 0.1})
+    rule = load_config([run_file]).config.optimizer
+    train(run_file)
+    run = train(run_file, "run.steps=7")
+    assert run.status == 0
+    planned = [learning_rate(rule, step, 4 if step < 4 else 7) for step in range(7)]
+    assert [record["learning_rate"] for record in run.metrics] == planned
+    assert [record["step"] for record in run.metrics] == list(range(7))
+
+
+def test_a_finished_run_says_so_and_leaves_all_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_file = lowercase_run(tmp_path)
+    folder = train(run_file).folder
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    again = train(run_file)
+    assert again.status == 0
+    assert again.trainers == []
+    printed = capsys.readouterr().out
+    assert printed == f"{folder}: already trained for 4 steps; raise run.steps to go on. Nothing to do.\n"
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_killed_before_its_export_is_exported_when_started_again(tmp_path: Path) -> None:
+    run_file = lowercase_run(tmp_path)
+    export = train(run_file).folder / "export"
+    written = (export / "model.safetensors").read_bytes()
+    shutil.rmtree(export)
+    assert train(run_file).status == 0
+    assert (export / "model.safetensors").read_bytes() == written
+
+
+def test_an_export_of_fewer_steps_is_written_anew(tmp_path: Path) -> None:
+    run_file = lowercase_run(tmp_path)
+    folder = train(run_file).folder
+    shutil.move(folder / "export", tmp_path / "old")
+    longer = train(run_file, "run.steps=6").folder / "export"
+    written = (longer / "model.safetensors").read_bytes()
+    shutil.rmtree(longer)
+    shutil.move(tmp_path / "old", longer)
+    assert (longer / "model.safetensors").read_bytes() != written
+    assert train(run_file, "run.steps=6").status == 0
+    assert (longer / "model.safetensors").read_bytes() == written
+
+
+def test_a_changed_config_lists_what_must_not_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_file = lowercase_run(tmp_path)
+    folder = train(run_file).folder
+    before = (folder / "config.yaml").read_text()
+    capsys.readouterr()
+    changed = train(run_file, "run.steps=6", "run.seed=9", "rollout.group_size=8", "metrics.sample_every=2")
+    assert changed.status == 1
+    assert changed.trainers == []
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: run.dir = '{folder}' ({run_file}:1): holds a run of another config:\n")
+    assert "run.seed: was 3, is 9" in error
+    assert "rollout.group_size: was 4, is 8" in error
+    assert "run.steps" not in error
+    assert "sample_every" not in error
+    assert "Give run.dir another folder, or set these keys back." in error
+    assert (folder / "config.yaml").read_text() == before
+    assert len(changed.metrics) == 4
+
+
+def test_what_may_change_does_not_stop_a_run(tmp_path: Path) -> None:
+    run_file = lowercase_run(tmp_path)
+    train(run_file)
+    run = train(run_file, "run.steps=6", "checkpoint.every=1", "checkpoint.keep=3", "evaluation.every=5")
+    assert run.status == 0
+    assert saved_steps(run.folder) == [4, 5, 6]
+    assert [record["step"] for record in read_lines(run.folder / "evaluation.jsonl")] == [5]
+
+
+def test_weights_that_are_not_finite_stop_before_anything_is_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_file = lowercase_run(tmp_path)
+    folder = train(run_file).folder
+    weights = folder / "checkpoints" / "step-000004" / "model.safetensors"
+    table = load_file(weights)["table"].copy()
+    table[:, 100] = np.nan
+    save_file({"table": table}, weights, {"optimizer_steps": "4"})
+    run = train(run_file, "run.steps=6")
+    assert run.status == 1
+    assert "error: step 4: the policy's logprobs of a response to prompt 'p" in capsys.readouterr().err
+    assert len(run.metrics) == 4
+    assert len(run.step(4)) == 0
+    assert saved_steps(folder) == [2, 4]
+
+
+def test_the_newest_checkpoints_stay_and_none_goes_before_a_newer_is_complete(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    stood: list[list[int]] = []
+
+    def write_engine(folder: Path) -> None:
+        stood.append(saved_steps(tmp_path))
+        (folder / "weights").write_bytes(b"all of them")
+
+    for step in range(1, 5):
+        run_dir.save(LoopState(step=step), write_engine, keep=2)
+    assert stood == [[], [1], [1, 2], [2, 3]]
+    assert run_dir.saved_steps() == [3, 4]
+    assert sorted(path.name for path in run_dir.checkpoints.iterdir()) == ["step-000003", "step-000004"]
+
+
+def test_a_run_dir_that_is_no_folder_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_file = lowercase_run(tmp_path)
+    (tmp_path / "run").write_text("a file")
+    assert train(run_file).status == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: run.dir = '{tmp_path / 'run'}' ({run_file}:1): cannot be used as a folder (")
+    assert (tmp_path / "run").read_text() == "a file"

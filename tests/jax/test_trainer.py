@@ -1,0 +1,51 @@
+"""The JAX engine's trainer keeps the contract of `tests/trainer_contract.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.config import load_config
+from safework_jax.main import open_trainer
+from safework_jax.trainer import JaxTrainer
+from tests import trainer_contract as contract
+from tests.tiny import make_model
+from tests.training import write_run
+
+KL_LOSS = {"kl_type": "k3_loss", "kl_coef": 0.1}
+
+
+def make_trainer(model: Path, reference: Path | None = None, **sections: dict[str, Any]) -> JaxTrainer:
+    sections["backend"] = {"name": "jax", "threads": 0, **sections.get("backend", {})}
+    return open_trainer(load_config([write_run(model.parent, model, **sections)]), model, reference)
+
+
+@pytest.mark.parametrize(("model_type", "recompute"), [("llama", "none"), ("qwen3", "full")])
+def test_any_split_gives_the_same_gradient(model_type: str, recompute: str, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", model_type, head_dim=16)
+    contract.check_splits(
+        lambda rows: make_trainer(model, batch={"rows_per_microbatch": rows}, backend={"recompute": recompute})
+    )
+
+
+def test_update_reports_what_happened(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "qwen2")
+    trainer = make_trainer(model, model, loss=KL_LOSS)
+    contract.check_metrics(trainer, model, load_config([tmp_path / "run.yaml"]).config.loss)
+
+
+def test_non_finite_updates_change_nothing(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    contract.check_guard(make_trainer(model), make_trainer(model), tmp_path)
+
+
+def test_restored_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "qwen2", tie_word_embeddings=True)
+    contract.check_save_and_restore(make_trainer(model), make_trainer(model), tmp_path)
+
+
+def test_reference_stays_what_it_was(tmp_path: Path) -> None:
+    model, reference = make_model(tmp_path / "model"), make_model(tmp_path / "reference", seed=1)
+    contract.check_reference(make_trainer(model, reference, loss=KL_LOSS), make_trainer(reference))
