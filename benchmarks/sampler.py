@@ -14,8 +14,15 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from common.data.chat import Chat
+from common.data.model_folder import model_folder
+from common.rollout.sampler import uniforms
+from common.trainer import Sampling, SamplingPrompt
+from common.types import Message
 
 QUESTIONS = (
     "Name three fruits that are red.",
@@ -34,22 +41,26 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     tasks = {"16 rows x 64 tokens": (16, 1, 64, False), "4 prompts x 16 samples, natural stops": (4, 16, 96, True)}
-    samplers = open_samplers(arguments.model, arguments.threads)
+    chat, samplers = open_samplers(arguments.model, arguments.threads)
+    questions = [chat.encode_prompt([Message("user", question)]) for question in QUESTIONS]
     for title, task in tasks.items():
-        report(title, measure(samplers, task, arguments.runs))
+        report(title, measure(samplers, questions, task, arguments.runs))
 
 
 Sampler = Callable[[list[np.ndarray], int, int, bool], int]
 
 
-def measure(samplers: dict[str, Sampler], task: tuple[int, int, int, bool], runs: int) -> dict[str, list[float]]:
+def measure(
+    samplers: dict[str, Sampler], questions: list[np.ndarray], task: tuple[int, int, int, bool], runs: int
+) -> dict[str, list[float]]:
     """Tokens per second of each sampler in each run, the samplers taking turns."""
     num_prompts, num_samples, max_new_tokens, stops = task
+    prompts = [questions[index % len(questions)] for index in range(num_prompts)]
     speeds: dict[str, list[float]] = {name: [] for name in samplers}
     for run in range(runs + 1):
         for name, sampler in samplers.items():
             started = time.perf_counter()
-            tokens = sampler(prompts(num_prompts), num_samples, max_new_tokens, stops)
+            tokens = sampler(prompts, num_samples, max_new_tokens, stops)
             if run:
                 speeds[name].append(tokens / (time.perf_counter() - started))
     return speeds
@@ -60,41 +71,26 @@ def report(title: str, speeds: dict[str, list[float]]) -> None:
     print(title)
     for name, values in speeds.items():
         ratios = [value / base for value, base in zip(values, speeds["transformers"], strict=True)]
-        print(f"  {name:14s} {statistics.median(values):7.1f} tok/s   ratio {statistics.median(ratios):.2f}"
-              f"  ({min(ratios):.2f} to {max(ratios):.2f})")
+        print(
+            f"  {name:14s} {statistics.median(values):7.1f} tok/s   ratio {statistics.median(ratios):.2f}"
+            f"  ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
 
 
-def prompts(count: int) -> list[np.ndarray]:
-    """Encoded chat prompts; CHAT is set by open_samplers."""
-    from common.types import Message
-
-    return [CHAT.encode_prompt([Message("user", QUESTIONS[index % len(QUESTIONS)])]) for index in range(count)]
-
-
-def open_samplers(model: str, threads: int) -> dict[str, Sampler]:
-    """transformers, torch and jax over the same weights."""
-    global CHAT
-    import torch
-
-    torch.set_num_threads(threads)
-    from common.data.chat import Chat
-    from common.data.model_folder import model_folder
-
-    folder = model_folder(model)
-    CHAT = Chat(folder)
-    policy = _torch_model(folder)
-    return {"transformers": _transformers(policy), "torch": _torch(policy), "jax": _jax(folder)}
-
-
-def _torch_model(folder: Path):  # noqa: ANN202
+def open_samplers(model: str, threads: int) -> tuple[Chat, dict[str, Sampler]]:
+    """transformers, torch and jax over the same weights, and their tokenizer."""
+    # Engines are imported here, once OMP_NUM_THREADS is set.
     import torch
 
     from safework_torch.model import load_model
 
-    return load_model(folder, torch.device("cpu"))
+    torch.set_num_threads(threads)
+    folder = model_folder(model)
+    chat, policy = Chat(folder), load_model(folder, torch.device("cpu"))
+    return chat, {"transformers": _transformers(policy, chat), "torch": _torch(policy, chat), "jax": _jax(folder, chat)}
 
 
-def _transformers(model) -> Sampler:  # noqa: ANN001
+def _transformers(model: Any, chat: Chat) -> Sampler:
     import torch
 
     def run(token_ids: list[np.ndarray], num_samples: int, max_new_tokens: int, stops: bool) -> int:
@@ -104,14 +100,22 @@ def _transformers(model) -> Sampler:  # noqa: ANN001
         for row, prompt in enumerate(token_ids):
             ids[row, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
             mask[row, longest - len(prompt) :] = 1
-        stop = list(CHAT.stop_ids)
+        stop = list(chat.stop_ids)
         least = 1 if stops else max_new_tokens
         torch.manual_seed(0)
         with torch.no_grad():
             out = model.generate(
-                input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                num_return_sequences=num_samples, max_new_tokens=max_new_tokens, min_new_tokens=least,
-                eos_token_id=stop, pad_token_id=stop[0],
+                input_ids=ids,
+                attention_mask=mask,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                num_return_sequences=num_samples,
+                max_new_tokens=max_new_tokens,
+                min_new_tokens=least,
+                eos_token_id=stop,
+                pad_token_id=stop[0],
             )[:, longest:]
         ended = torch.isin(out, torch.tensor(stop))
         counts = torch.where(ended.any(1), ended.int().argmax(1) + 1, out.shape[1])
@@ -120,37 +124,34 @@ def _transformers(model) -> Sampler:  # noqa: ANN001
     return run
 
 
-def _ours(sample: Callable) -> Sampler:
-    from common.rollout.sampler import uniforms
-    from common.trainer import Sampling, SamplingPrompt
-
+def _ours(sample: Callable, chat: Chat) -> Sampler:
     def run(token_ids: list[np.ndarray], num_samples: int, max_new_tokens: int, stops: bool) -> int:
         asked = [
             SamplingPrompt(prompt, uniforms(0, "train", 0, index, num_samples, max_new_tokens))
             for index, prompt in enumerate(token_ids)
         ]
-        rule = Sampling(1.0, 1.0, 0, max_new_tokens, CHAT.stop_ids if stops else (), 64)
+        rule = Sampling(1.0, 1.0, 0, max_new_tokens, chat.stop_ids if stops else (), 64)
         return sum(len(response.token_ids) for group in sample(asked, rule) for response in group)
 
     return run
 
 
-def _torch(model) -> Sampler:  # noqa: ANN001
+def _torch(model: Any, chat: Chat) -> Sampler:
     import torch
 
     from safework_torch.sampling import sample
 
-    return _ours(lambda asked, rule: sample(model, asked, rule, torch.float32))
+    return _ours(lambda asked, rule: sample(model, asked, rule, torch.float32), chat)
 
 
-def _jax(folder: Path) -> Sampler:
+def _jax(folder: Path, chat: Chat) -> Sampler:
     import jax.numpy as jnp
 
     from safework_jax.model import load_model
     from safework_jax.sampling import sample
 
     config, params = load_model(folder, jnp.float32)
-    return _ours(lambda asked, rule: sample(config, params, asked, rule, jnp.dtype("float32")))
+    return _ours(lambda asked, rule: sample(config, params, asked, rule, jnp.dtype("float32")), chat)
 
 
 if __name__ == "__main__":

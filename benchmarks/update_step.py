@@ -3,8 +3,8 @@
     python benchmarks/update_step.py [--runs 5] [--threads 2] [--rows 16] [--tokens 256]
 
 Both sides take the same gradient step of PPO-clip on the same rows (half prompt, half response), fp32. The plain side
-keeps the logits of all rows, as a loop written on transformers does. Sides take turns, one fresh process a run, after one
-uncounted step each; memory is the process's peak resident size.
+keeps the logits of all rows, as a loop written on transformers does. Sides take turns, one fresh process a run, after
+one uncounted step each; memory is the process's peak resident size.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,7 @@ def rows(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     return token_ids, sampled
 
 
-def plain_step(arguments: argparse.Namespace):  # noqa: ANN202
+def plain_step(arguments: argparse.Namespace) -> Callable[[], object]:
     """What a straightforward loop does: all logits, log-softmax, PPO-clip, backward, torch's AdamW."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -109,7 +110,7 @@ def plain_step(arguments: argparse.Namespace):  # noqa: ANN202
     return step
 
 
-def our_step(arguments: argparse.Namespace):  # noqa: ANN202
+def our_step(arguments: argparse.Namespace) -> Callable[[], object]:
     """The trainer's update of the chosen engine."""
     from importlib import import_module
 

@@ -16,16 +16,12 @@ from safework_jax.config import JaxSection
 from safework_jax.trainer import JaxTrainer
 
 
-def _segment_sum(values: jax.Array, ids: jax.Array, num_segments: int) -> jax.Array:
-    return jax.ops.segment_sum(values, ids, num_segments)
-
-
 def open_trainer(loaded: LoadedConfig, policy: Path, reference: Path | None) -> JaxTrainer:
     """Register JAX with the mathematics and load the models."""
     if loaded.config.backend.threads:
         # XLA sizes its CPU thread pool by the processors it may run on, when its first device is opened.
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: loaded.config.backend.threads])
-    arrays.register(arrays.Engine(jax.Array, jnp, jax.lax.stop_gradient, _segment_sum))
+    arrays.register(arrays.Engine(jax.Array, jnp, jax.lax.stop_gradient, jax.ops.segment_sum))
     assert isinstance(loaded.engine, JaxSection)
     return JaxTrainer(loaded.config, loaded.engine, policy, reference)
 

@@ -31,7 +31,6 @@ def global_norm(gradients: Any) -> jax.Array:
     return optax.tree.norm(gradients)
 
 
-@partial(jax.jit, static_argnames="config", donate_argnames=("params", "moments"))
 def step(
     config: OptimizerConfig,
     params: Any,
@@ -40,7 +39,25 @@ def step(
     norm: jax.Array,
     rate: jax.Array,
 ) -> tuple[Any, optax.ScaleByAdamState]:
-    """Scale gradients of global norm `norm` down to `clip_norm` if they exceed it, then one AdamW step at `rate`."""
+    """Scale gradients of global norm `norm` down to `clip_norm` if they exceed it, then one AdamW step at `rate`.
+
+    Parameters and moments stay where the parameters lie; `params` and `moments` are given up.
+    """
+    shardings = tuple(leaf.sharding for leaf in jax.tree.leaves(params))
+    return _step(config, shardings, params, moments, gradients, norm, rate)
+
+
+@partial(jax.jit, static_argnames=("config", "shardings"), donate_argnames=("params", "moments"))
+def _step(
+    config: OptimizerConfig,
+    shardings: tuple[jax.sharding.Sharding, ...],
+    params: Any,
+    moments: optax.ScaleByAdamState,
+    gradients: Any,
+    norm: jax.Array,
+    rate: jax.Array,
+) -> tuple[Any, optax.ScaleByAdamState]:
+    placed = jax.tree.unflatten(jax.tree.structure(params), shardings)
     scale = jnp.where(norm > config.clip_norm, config.clip_norm / norm, 1.0)
     gradients = jax.tree.map(lambda gradient: gradient * scale, gradients)
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
@@ -48,4 +65,7 @@ def step(
     direction, after = adam.update(gradients, moments)
     direction, _ = decay.update(direction, decay.init(params), params)
     assert isinstance(after, optax.ScaleByAdamState)
-    return jax.tree.map(lambda parameter, change: parameter - rate * change, params, direction), after
+    params = jax.tree.map(lambda parameter, change: parameter - rate * change, params, direction)
+    # Left to itself, XLA spreads small replicated parameters over the devices, and every program compiles once more.
+    params, mu, nu = jax.lax.with_sharding_constraint((params, after.mu, after.nu), (placed, placed, placed))
+    return params, after._replace(mu=mu, nu=nu)

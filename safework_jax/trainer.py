@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.algorithms.objective import Sums, TokenArrays, add_sums, objective, update_record
-from common.config import ConfigError, RunConfig
-from common.config.method import LossConfig
+from common.config import ConfigError, LossConfig, RunConfig
 from common.trainer import NonFiniteUpdate, Response, Sampling, SamplingPrompt
 from common.types import TrainBatch
 from safework_jax import optimizer

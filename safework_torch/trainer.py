@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from common.algorithms.objective import Sums, TokenArrays, add_sums, objective, update_record
-from common.config import RunConfig
-from common.config.method import LossConfig
+from common.config import LossConfig, RunConfig
 from common.trainer import NonFiniteUpdate, Response, Sampling, SamplingPrompt
 from common.types import TrainBatch
 from safework_torch.checkpoint import restore_state, save_state

@@ -21,13 +21,11 @@ from common.trainer import NonFiniteUpdate
 from common.types import TrainBatch
 from tests.training import packed, random_sequences, response_places, saved_state
 
-# (rows of a micro-batch, changes of the packing). 24 short sequences take about 10 rows of 32 tokens, or 24 rows.
+# (rows of a micro-batch, changes of the packing): one micro-batch and several; packed, one sequence a row, and shared.
 SPLITS: tuple[tuple[int, dict[str, bool]], ...] = (
     (32, {}),
     (3, {}),
-    (32, {"packed": False}),
     (8, {"packed": False}),
-    (32, {"share_prompts": True}),
     (2, {"share_prompts": True}),
 )
 SEQUENCES = random_sequences(24)
@@ -66,10 +64,10 @@ def check_splits(open_trainer: OpenTrainer) -> None:
         if not logprobs:
             logprobs = by_sequence(trainer.logprobs(batch, "policy"), batch, SEQUENCES)
         found.append(trainer.named_gradients(off_policy(batch, SEQUENCES, logprobs), SPLIT_LOSS))
-    assert {1, 3, 4} <= num_microbatches
+    assert {1, 3, 4, 5} == num_microbatches
     loss, gradients = found[0]
     for other_loss, other_gradients in found[1:]:
-        assert other_loss == pytest.approx(loss, rel=1e-5)
+        assert other_loss == pytest.approx(loss, abs=1e-6)  # of terms of size 1 that nearly cancel
         assert_close_gradients(other_gradients, gradients)
 
 

@@ -6,6 +6,7 @@ inside a message stays text, whatever the template does with it, and nothing is 
 
 from __future__ import annotations
 
+import os
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ class Chat:
     """
 
     def __init__(self, folder: Path, system: str | None = None) -> None:
+        # Or else transformers tells every user of the JAX engine that PyTorch was not found.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import AutoTokenizer  # late: importing it takes seconds and most commands never tokenize
 
         try:

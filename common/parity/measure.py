@@ -87,9 +87,11 @@ def _sampling(trainer: PolicyTrainer, batch: TrainBatch, folder: Path) -> None:
 
 
 def _recorded_prompts(batch: TrainBatch) -> Iterator[np.ndarray]:
+    """Where responses share a prompt, only the segment that holds it is its own prefix."""
+    in_prompt = (batch.segment_ids == batch.prefix_ids) & ~batch.sampled
     for row, segments in enumerate(batch.segment_ids):
-        for segment in range(1, int(segments.max()) + 1):
-            yield batch.token_ids[row, (segments == segment) & ~batch.sampled[row]]
+        for segment in np.unique(segments[in_prompt[row] & (segments > 0)]):
+            yield batch.token_ids[row, (segments == segment) & in_prompt[row]]
 
 
 def _steps(trainer: ParityTrainer, recorded: list[TrainBatch], gradients: Path, folder: Path) -> None:

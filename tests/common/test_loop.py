@@ -15,7 +15,7 @@ from common.algorithms.schedule import learning_rate
 from common.config import load_config
 from tests.numpy_run import train
 from tests.numpy_trainer import NumpyTrainer
-from tests.runs import IMPOSSIBLE, LOWERCASE, lowercase_run, prompt, read_lines, saved_steps, untimed
+from tests.runs import IMPOSSIBLE, LOWERCASE, lowercase_run, prompt, read_lines, saved_steps, untimed, write_records
 
 STEP_KEYS = {
     "step",
@@ -202,6 +202,18 @@ def test_held_out_prompts_are_evaluated_at_both_ends_and_between(tmp_path: Path)
     assert {"reward/mean", "reward/instructions"} <= evaluations[0].keys()
     # Twelve prompts, two samples: a score is a multiple of 1/24.
     assert all((24 * record["reward/mean"]) % 1 == pytest.approx(0, abs=1e-9) for record in evaluations)
+
+
+def test_two_evaluations_of_one_policy_are_equal(tmp_path: Path) -> None:
+    hard, easy = [prompt(n, IMPOSSIBLE) for n in range(8)], [prompt(n, LOWERCASE) for n in range(8, 12)]
+    heldout = write_records(tmp_path / "heldout.jsonl", easy)
+    data = {"train": [{"path": str(tmp_path / "prompts.jsonl")}], "heldout": [{"path": str(heldout)}]}
+    run = train(lowercase_run(tmp_path, hard, data=data, evaluation={"every": 2}))
+    first, second = untimed(read_lines(run.folder / "evaluation.jsonl"))
+    assert first.pop("step") == 2
+    assert second.pop("step") == 4
+    assert first == second
+    assert first["reward/mean"] > 0
 
 
 def test_a_single_held_out_response_has_no_spread(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ FILE must be imported from the copy, and from nowhere else: an editable install 
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -34,7 +33,4 @@ def main(file: str, what: str, *words: str) -> int:
 
 
 if __name__ == "__main__":
-    status = main(*sys.argv[1:])
-    sys.stdout.flush()
-    # An engine's threads take a second to wind down and have nothing left to say.
-    os._exit(status)
+    sys.exit(main(*sys.argv[1:]))

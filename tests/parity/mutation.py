@@ -17,7 +17,6 @@ from safetensors.numpy import load_file, save_file
 from common.config import load_config
 from common.data.batching import TrainSequence, pack
 from common.parity.ladder import Rung, compare
-from common.types import TrainBatch
 from safework_torch.main import open_trainer
 from tests.parity.inside_copy import WRONG_MODULE
 from tests.parity.mutants import Mutant
@@ -94,15 +93,21 @@ class Bench:
     def verdict(self, number: int, mutant: Mutant) -> Verdict:
         """Plant the bug and ask its test or its rung."""
         tree = copy_tree(self.folder / f"mutant-{number}", mutant)
-        if mutant.engine is None:
-            return self._test_verdict(tree, mutant)
-        measured = tree / "measured"
-        self.measure(tree, mutant.file, mutant.engine, measured)
-        failed = [rung for rung in self.rungs(mutant.engine, measured) if not rung.passed]
+        verdict = self._verdict_of_tests if mutant.engine is None else self._verdict_of_ladder
+        try:
+            return verdict(tree, mutant)
+        finally:
+            shutil.rmtree(tree)
+
+    def _verdict_of_ladder(self, tree: Path, mutant: Mutant) -> Verdict:
+        engine, measured = mutant.engine, tree / "measured"
+        assert engine is not None
+        self.measure(tree, mutant.file, engine, measured)
+        failed = [rung for rung in self.rungs(engine, measured) if not rung.passed]
         said = "\n".join(f"{rung.name}: {rung.figure:.3g} of {rung.limit:.3g}, {rung.where}" for rung in failed)
         return Verdict(any(rung.name.startswith(mutant.caught_by) for rung in failed), said)
 
-    def _test_verdict(self, tree: Path, mutant: Mutant) -> Verdict:
+    def _verdict_of_tests(self, tree: Path, mutant: Mutant) -> Verdict:
         done = self.tests(tree, mutant.file, f"{ALGORITHMS}/{mutant.caught_by}")
         summary = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
         failed = re.match(r"\d+ failed", summary) is not None and "error" not in summary
@@ -171,7 +176,7 @@ def _record(bench: Bench, model: Path) -> None:
         batch = pack(_sequences(step), loaded.config.batch)
         assert len(batch.token_ids) > loaded.config.batch.rows_per_microbatch, "one micro-batch would show no average"
         own = trainer.logprobs(batch, "policy") + np.random.default_rng(step).normal(0.0, 0.05, batch.sampled.shape)
-        moved: TrainBatch = replace(batch, sampling_logprobs=np.where(batch.sampled, own, 0.0).astype(np.float32))
+        moved = replace(batch, sampling_logprobs=np.where(batch.sampled, own, 0.0).astype(np.float32))
         held = {name: array for name, array in vars(moved).items() if array is not None}
         np.savez(bench.recording / f"batch-{step:03d}.npz", **held)
 

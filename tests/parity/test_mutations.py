@@ -12,10 +12,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from tests.parity.mutants import MUTANTS, Mutant
+from tests.parity.engine_mutants import ENGINE_MUTANTS
+from tests.parity.mutants import ALGORITHM_MUTANTS, Mutant
 from tests.parity.mutation import ALGORITHMS, ENGINES, Bench, Verdict, copy_tree, make_bench, mutated_text
 
 WORKERS = 2
+MUTANTS = (*ALGORITHM_MUTANTS, *ENGINE_MUTANTS)
 
 
 @pytest.fixture(scope="module")

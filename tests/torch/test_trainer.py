@@ -31,7 +31,7 @@ def test_any_split_gives_the_same_gradient(model_type: str, recompute: str, tmp_
 
 
 def test_update_reports_what_happened(tmp_path: Path) -> None:
-    model = make_model(tmp_path / "model", "qwen2")
+    model = make_model(tmp_path / "model")
     trainer = make_trainer(model, model, loss=KL_LOSS)
     contract.check_metrics(trainer, model, load_config([tmp_path / "run.yaml"]).config.loss)
 
@@ -42,7 +42,7 @@ def test_non_finite_updates_change_nothing(tmp_path: Path) -> None:
 
 
 def test_restored_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    model = make_model(tmp_path / "model", "qwen2", tie_word_embeddings=True)
+    model = make_model(tmp_path / "model")
     contract.check_save_and_restore(make_trainer(model), make_trainer(model), tmp_path)
 
 

@@ -19,6 +19,7 @@ THOROUGH = settings(derandomize=True, deadline=None, database=None, max_examples
 
 
 def config(kind: str, **changes: Any) -> AdvantageConfig:
+    """An advantage type with an eps too small to matter, unless told otherwise."""
     return AdvantageConfig.model_validate({"type": kind, "eps": 1e-12, **changes})
 
 

@@ -44,10 +44,12 @@ def measure(loss: Callable[[Any], Any], logprob: float) -> tuple[float, float]:
 
 
 def at_ratio(ratio: float) -> float:
+    """The log-probability whose ratio to the old policy this is."""
     return OLD + math.log(ratio)
 
 
 def one(value: float) -> np.ndarray:
+    """One row of one token."""
     return np.array([[value]])
 
 
@@ -119,6 +121,7 @@ def test_cpgd_is_cpg_plus_its_share_of_drift() -> None:
 
 
 def by_config(config: LossConfig, lp: Any, old: float, advantage: float) -> Any:
+    """The configured loss of one sampled token."""
     return policy_loss(config, lp, one(old), one(advantage), np.array([[True]]), np.array([[1]]))
 
 
@@ -266,6 +269,7 @@ SAMPLER = np.array([0.1, 0.2, 0.3, 0.4])
 
 
 def softmax(theta: np.ndarray) -> np.ndarray:
+    """The policy of the exact averages, by its logits."""
     weights = np.exp(theta)
     return weights / weights.sum()
 

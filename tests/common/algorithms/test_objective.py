@@ -23,6 +23,7 @@ THOROUGH = settings(derandomize=True, deadline=None, database=None, max_examples
 
 
 def loss_config(kind: str = "ppo_clip", kl_type: str = "k3_loss", kl_coef: float = 0.3, **changes: Any) -> LossConfig:
+    """A policy loss with a KL penalty of 0.3."""
     return LossConfig.model_validate({"type": kind, "kl_type": kl_type, "kl_coef": kl_coef, **changes})
 
 
@@ -43,6 +44,7 @@ LOGPROBS = np.where(SAMPLED, OLD + np.log([RATIOS]), 0.0)
 
 
 def example(**changes: Any) -> TokenArrays:
+    """The row above; `changes` replace single arrays."""
     arrays = TokenArrays(
         sampled=SAMPLED,
         segment_ids=SEGMENTS,
@@ -202,10 +204,12 @@ def test_update_record_divides_by_trained_tokens() -> None:
 
 
 def rows_of(arrays: TokenArrays, rows: slice) -> TokenArrays:
+    """Some rows of every array."""
     return TokenArrays(*(None if array is None else array[rows] for array in arrays))
 
 
 def figures(config: LossConfig, logprobs: np.ndarray, entropy: np.ndarray, arrays: TokenArrays) -> np.ndarray:
+    """The loss and every statistic."""
     loss, sums = objective(config, logprobs, entropy, arrays)
     return np.array([loss, *sums], np.float64)
 
@@ -227,6 +231,7 @@ def test_micro_batches_add_up(seed: int, kind: str, kl: str, cut: int) -> None:
 
 
 def padded(x: np.ndarray | None, rows: int, tokens: int) -> np.ndarray | None:
+    """x with so many rows and columns of zeros behind it."""
     return None if x is None else np.pad(x, ((0, rows), (0, tokens)))
 
 

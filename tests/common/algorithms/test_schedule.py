@@ -12,6 +12,7 @@ from common.config.method import OptimizerConfig
 
 
 def rates(total: int, **changes: float) -> list[float]:
+    """Learning rates of a whole run: peak 1, a quarter of warm-up, floor 0.1, unless told otherwise."""
     config = OptimizerConfig(**{"learning_rate": 1.0, "warmup_fraction": 0.25, "floor_fraction": 0.1} | changes)
     return [learning_rate(config, update, total) for update in range(total)]
 

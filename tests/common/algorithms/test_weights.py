@@ -53,6 +53,7 @@ RATIO = np.array([[7.0, 2.0, 4.0, 0.25, 1.5], [3.0, 0.1, 9.0, 9.0, 9.0]])
 
 
 def factors(**settings: Any) -> np.ndarray:
+    """Importance weights of the tokens above."""
     sampling = np.full(RATIO.shape, -1.5)
     config = ImportanceConfig.model_validate(settings)
     return importance_weights(config, sampling + np.log(RATIO), sampling, SAMPLED, SEGMENTS)

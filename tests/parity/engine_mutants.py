@@ -1,0 +1,188 @@
+"""Small numeric bugs in either engine, each to be noticed by a rung of the ladder."""
+
+from __future__ import annotations
+
+from tests.parity.mutants import Mutant
+
+_TORCH = [
+    Mutant(
+        "torch predicts a token from itself",
+        "safework_torch/token_logprobs.py",
+        "hidden[rows, previous[rows, places]]",
+        "hidden[rows, places]",
+        "logprob difference",
+    ),
+    Mutant(
+        "torch trains on every token",
+        "safework_torch/trainer.py",
+        'previous, rows["sampled"], temperature)',
+        'previous, rows["segment_ids"] > 0, temperature)',
+        "logprob difference",
+    ),
+    Mutant(
+        "torch logprobs ignore the temperature",
+        "safework_torch/token_logprobs.py",
+        "return logits if temperature == 1.0 else logits.mul_(1.0 / temperature)",
+        "return logits",
+        "logprob difference",
+    ),
+    Mutant(
+        "torch gradients ignore the temperature",
+        "safework_torch/token_logprobs.py",
+        "slope.mul_(1.0 / ctx.temperature)",
+        "slope",
+        "gradient norm ratio - 1, on-policy",
+    ),
+    Mutant(
+        "torch sequences see their neighbours",
+        "safework_torch/model.py",
+        "seen & (place[:, None] >= place)",
+        "(seen | ~seen) & (place[:, None] >= place)",
+        "logprob difference",
+    ),
+    Mutant(
+        "torch responses do not see a shared prompt",
+        "safework_torch/model.py",
+        " | (prefix_ids[:, None, :, None] == keys)",
+        "",
+        "logprob difference",
+    ),
+    Mutant(
+        "torch leaves padding_idx on the embedding",
+        "safework_torch/model.py",
+        "    embedding.padding_idx = None\n",
+        "",
+        "gradient relative L2, on-policy",
+    ),
+    Mutant(
+        "torch averages micro-batches",
+        "safework_torch/trainer.py",
+        "            loss.backward()\n",
+        '            (loss * len(rows["token_ids"]) / len(batch.token_ids)).backward()\n',
+        "gradient norm ratio - 1, on-policy",
+    ),
+    Mutant(
+        "torch adds eps inside the root",
+        "safework_torch/optimizer.py",
+        ".sqrt_().add_(config.eps)",
+        ".add_(config.eps).sqrt_()",
+        "update, same gradients",
+    ),
+    Mutant(
+        "torch corrects no bias of the first moment",
+        "safework_torch/optimizer.py",
+        "(m / (1.0 - config.beta1**self.steps))",
+        "(m / 1.0)",
+        "update, same gradients",
+    ),
+    Mutant(
+        "torch inverts the clip coefficient",
+        "safework_torch/optimizer.py",
+        "self._config.clip_norm / norm",
+        "norm / self._config.clip_norm",
+        "first moment, same gradients",
+    ),
+    Mutant(
+        "torch decays vectors too",
+        "safework_torch/optimizer.py",
+        "parameter.ndim >= 2",
+        "parameter.ndim >= 1",
+        "update, same gradients",
+    ),
+    Mutant(
+        "torch decodes every token at one position",
+        "safework_torch/sampling.py",
+        "        rows.positions += 1\n",
+        "",
+        "greedy tokens that differ",
+    ),
+]
+
+_JAX = [
+    Mutant(
+        "jax predicts a token from itself",
+        "safework_jax/token_logprobs.py",
+        "jnp.take_along_axis(hidden, previous[..., None], axis=1)",
+        "hidden",
+        "logprob difference",
+    ),
+    Mutant(
+        "jax trains on every token",
+        "safework_jax/token_logprobs.py",
+        "jnp.where(wanted, x",
+        "jnp.where(wanted | True, x",
+        "logprob difference",
+    ),
+    Mutant(
+        "jax logprobs ignore the temperature",
+        "safework_jax/token_logprobs.py",
+        "        logits = logits / temperature\n",
+        "        logits = logits / 1.0\n",
+        "logprob difference",
+    ),
+    Mutant(
+        "jax sequences see their neighbours",
+        "safework_jax/models/decoder/text.py",
+        "earlier & seen & near",
+        "earlier & near",
+        "logprob difference",
+    ),
+    Mutant(
+        "jax responses do not see a shared prompt",
+        "safework_jax/models/decoder/text.py",
+        " | (prefix_ids[:, :, None] == keys)",
+        "",
+        "logprob difference",
+    ),
+    Mutant(
+        "jax turns by another rotary base",
+        "safework_jax/models/decoder/rope.py",
+        "theta = float(",
+        "theta = 2.0 * float(",
+        "logprob difference",
+    ),
+    Mutant(
+        "jax swaps the norms of queries and keys",
+        "safework_jax/models/decoder/text.py",
+        "self.query_norm(query), self.key_norm(key)",
+        "self.key_norm(query), self.query_norm(key)",
+        "logprob difference",
+    ),
+    Mutant(
+        "jax averages micro-batches",
+        "safework_jax/trainer.py",
+        "jax.tree.map(jnp.add, gradients, new)",
+        "jax.tree.map(lambda held, fresh: (held + fresh) / 2, gradients, new)",
+        "gradient norm ratio - 1, on-policy",
+    ),
+    Mutant(
+        "jax decays stacked norms",
+        "safework_jax/optimizer.py",
+        "leaf.ndim - is_stacked(parameter_path(path)) >= 2",
+        "leaf.ndim >= 2",
+        "update, same gradients",
+    ),
+    Mutant(
+        "jax adds eps inside the root",
+        "safework_jax/optimizer.py",
+        "config.beta1, config.beta2, config.eps)",
+        "config.beta1, config.beta2, 0.0, config.eps)",
+        "update, same gradients",
+    ),
+    Mutant(
+        "jax corrects bias as if a hundred steps were behind",
+        "safework_jax/optimizer.py",
+        "adam.update(gradients, moments)",
+        "adam.update(gradients, moments._replace(count=moments.count + 100))",
+        "update, same gradients",
+    ),
+    Mutant(
+        "jax inverts the clip coefficient",
+        "safework_jax/optimizer.py",
+        "config.clip_norm / norm, 1.0",
+        "norm / config.clip_norm, 1.0",
+        "first moment, same gradients",
+    ),
+]
+
+ENGINE_MUTANTS = (*_TORCH, *_JAX)
