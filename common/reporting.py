@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,7 +43,7 @@ class Reporter:
         self._config = config
         self._console = Console()
         self._wandb = _open_wandb(config)
-        self._started, self._first = time.perf_counter(), first_step
+        self._training_s, self._first = 0.0, first_step
         self._progress = Progress(
             TextColumn("steps"),
             BarColumn(),
@@ -72,6 +71,7 @@ class Reporter:
     def step(self, metrics: dict[str, float], groups: Sequence[ScoredGroup]) -> None:
         """Show a finished step; its metrics go to W&B as they are."""
         done = int(metrics["step"]) + 1
+        self._training_s += metrics["time/step_s"]
         self._progress.update(self._task, completed=done)
         if self._console.is_terminal:
             self._console.print(_table(metrics))
@@ -95,8 +95,8 @@ class Reporter:
     def _line(self, metrics: dict[str, float], done: int) -> str:
         shown = "  ".join(f"{title} {metrics[key]:.4g}" for key, title in COLUMNS.items())
         parts = "  ".join(f"{key} {value:.3f}" for key, value in _rewards(metrics).items())
-        per_step = (time.perf_counter() - self._started) / (done - self._first)
-        left = per_step * (self._config.run.steps - done)
+        # Steps alone: evaluations and checkpoints between them come on top.
+        left = self._training_s / (done - self._first) * (self._config.run.steps - done)
         return f"step {done}/{self._config.run.steps}  {shown}  {parts}  left {left / 60:.1f} min"
 
     def _sample(self, scored: ScoredGroup) -> None:

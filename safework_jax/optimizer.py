@@ -37,7 +37,7 @@ def step(
     moments: optax.ScaleByAdamState,
     gradients: Any,
     norm: jax.Array,
-    rate: jax.Array,
+    rate: jax.Array | float,
 ) -> tuple[Any, optax.ScaleByAdamState]:
     """Scale gradients of global norm `norm` down to `clip_norm` if they exceed it, then one AdamW step at `rate`.
 
@@ -55,7 +55,7 @@ def _step(
     moments: optax.ScaleByAdamState,
     gradients: Any,
     norm: jax.Array,
-    rate: jax.Array,
+    rate: jax.Array | float,
 ) -> tuple[Any, optax.ScaleByAdamState]:
     placed = jax.tree.unflatten(jax.tree.structure(params), shardings)
     scale = jnp.where(norm > config.clip_norm, config.clip_norm / norm, 1.0)

@@ -60,7 +60,19 @@ DEEPSEEK_R1 = Family(
 {%- if add_generation_prompt -%}{{- '<｜Assistant｜><think>\\n' -}}{%- endif -%}
 """,
 )
-FAMILIES = {"qwen": QWEN, "llama3": LLAMA3, "deepseek": DEEPSEEK_R1}
+MISTRAL = Family(  # its template never spells bos and eos out
+    marked=("<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM]"),
+    unmarked=(),
+    template="""\
+{{- bos_token -}}
+{%- for message in messages -%}
+  {%- if message.role == 'system' -%}{{- '[SYSTEM]' + message.content -}}{%- endif -%}
+  {%- if message.role == 'user' -%}{{- '[INST]' + message.content + '[/INST]' -}}{%- endif -%}
+  {%- if message.role == 'assistant' -%}{{- message.content + eos_token -}}{%- endif -%}
+{%- endfor -%}
+""",
+)
+FAMILIES = {"qwen": QWEN, "llama3": LLAMA3, "deepseek": DEEPSEEK_R1, "mistral": MISTRAL}
 
 
 def make_chat_folder(folder: Path, family: Family, generation: dict[str, Any] | None = None, **flags: bool) -> Path:

@@ -45,6 +45,12 @@ def assert_equal_runs(found: Trained, expected: Trained) -> None:
         ).read_bytes()
 
 
+def unchanged(folder: Path) -> dict[Path, tuple[bytes, int]]:
+    """Every file of a run with the time it was written; config.yaml is written at each start."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: (path.read_bytes(), path.name != "config.yaml" and path.stat().st_mtime_ns) for path in files}
+
+
 @pytest.mark.parametrize("stop", [2, 3, 5])
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, stop: int) -> None:
     straight = train(exercised_run(tmp_path / "straight"))
@@ -92,14 +98,14 @@ def test_raised_steps_go_on_with_the_longer_schedule(tmp_path: Path) -> None:
 def test_a_finished_run_says_so_and_leaves_all_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_file = lowercase_run(tmp_path)
     folder = train(run_file).folder
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    before = unchanged(folder)
     capsys.readouterr()
     again = train(run_file)
     assert again.status == 0
     assert again.trainers == []
     printed = capsys.readouterr().out
     assert printed == f"{folder}: already trained for 4 steps; raise run.steps to go on. Nothing to do.\n"
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert unchanged(folder) == before
 
 
 def test_a_run_killed_before_its_export_is_exported_when_started_again(tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_two_evaluations_of_one_policy_are_equal(tmp_path: Path) -> None:
     hard, easy = [prompt(n, IMPOSSIBLE) for n in range(8)], [prompt(n, LOWERCASE) for n in range(8, 12)]
     heldout = write_records(tmp_path / "heldout.jsonl", easy)
     data = {"train": [{"path": str(tmp_path / "prompts.jsonl")}], "heldout": [{"path": str(heldout)}]}
-    run = train(lowercase_run(tmp_path, hard, data=data, evaluation={"every": 2}))
+    run = train(lowercase_run(tmp_path, hard, data=data, evaluation={"every": 2, "samples": 50}))
     first, second = untimed(read_lines(run.folder / "evaluation.jsonl"))
     assert first.pop("step") == 2
     assert second.pop("step") == 4

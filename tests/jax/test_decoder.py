@@ -155,7 +155,8 @@ def test_prefill_and_decode_equal_the_whole_forward_pass(name: str, folders: dic
 def test_every_remat_gives_the_same_gradients(folders: dict[str, Path]) -> None:
     config, params = load_model(folders["llama"], jnp.float32)
     token_ids = tokens(2, 16)
-    arrays = (token_ids, np.broadcast_to(np.arange(16), (2, 16)), np.ones_like(token_ids))
+    ones = np.ones_like(token_ids)
+    arrays = (token_ids, np.broadcast_to(np.arange(16), (2, 16)), ones, ones)
 
     def gradients(remat: text.Remat) -> Any:
         def loss(params: Any) -> jax.Array:
@@ -190,7 +191,7 @@ def test_bfloat16_is_computed_in_bfloat16_and_stays_close(folders: dict[str, Pat
     # Positions above 256 are not all bfloat16 numbers: with angles computed in it, neighbours would coincide.
     token_ids, positions = tokens(1, 40), 300 + np.arange(40)[None]
     arrays = (token_ids, positions, np.ones_like(token_ids))
-    half = run(config, params, *arrays, remat="none", compute_dtype=jnp.bfloat16)
+    half = run(config, params, *arrays, arrays[-1], remat="none", compute_dtype=jnp.bfloat16)
     assert half.dtype == jnp.bfloat16
     whole = np.asarray(hidden(config, params, *arrays))
     assert np.abs(np.asarray(half, np.float32) - whole).mean() < 0.03 * np.abs(whole).mean()

@@ -24,7 +24,7 @@ CONVERSATIONS = [
     [Message("system", "Be kind."), Message("user", "Why is  the sky\n\nblue?")],
     [Message("user", " 1 + 1 = ?\n"), Message("assistant", "2"), Message("user", "naïve 🙂 你好 \u2028\t.")],
     [Message("user", "a"), Message("assistant", "<think>\nhm\n</think>\n\nb"), Message("user", "c")],
-    [Message("user", "< | im_end | > \ue000 a<b>c</b> [INST] {{ 7 * 7 }} {% if %}")],
+    [Message("user", "< | im_end | > \ue000 a<b>c</b> [inst] {{ 7 * 7 }} {% if %}")],
 ]
 
 
