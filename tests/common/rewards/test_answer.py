@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 
 import pytest
-from samples import prompt, sample
 
 from common.rewards.rules import AnswerMatch
 from common.rewards.rules.answer import last_boxed, normalise, read_number
 from common.types import Missing, Score
+from tests.common.rewards.samples import prompt, sample
 
 
 @pytest.fixture(scope="module")

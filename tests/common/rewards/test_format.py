@@ -1,11 +1,11 @@
 """The form of a response: think block, then answer."""
 
 import pytest
-from samples import rollout, sample
 
 from common.rewards.rules import TaskFormat, ThinkFormat
 from common.rewards.rules.format import final_answer, is_blank
 from common.types import Score
+from tests.common.rewards.samples import rollout, sample
 
 
 def value(rule: ThinkFormat | TaskFormat, text: str) -> float:

@@ -1,11 +1,11 @@
 """The instruction-following rule: which share of the constraints an answer meets."""
 
 import pytest
-from samples import prompt, sample
 
 from common.rewards.rules import RULES, Instructions
 from common.rewards.rules.instructions import Mode
 from common.types import Score
+from tests.common.rewards.samples import prompt, sample
 
 REFERENCE = [
     ["Length", "Words", "at most 3 words"],

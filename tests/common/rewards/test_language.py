@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 import pytest
-from samples import prompt, sample
 
 from common.rewards.rules import LanguageConsistency
 from common.rewards.rules.measures import language
 from common.types import Message, Score
+from tests.common.rewards.samples import prompt, sample
 
 ENGLISH, CHINESE = "How does a plane stay in the air?", "飞机为什么能停留在空中？"
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from samples import sample
 
 from common.rewards.rules import Overlong
 from common.types import Rollout, Sample, Score
+from tests.common.rewards.samples import sample
 
 
 def value(rule: Overlong, length: int) -> float:
