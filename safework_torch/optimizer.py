@@ -29,8 +29,12 @@ class AdamW:
         self.steps = 0
 
     def gradient_norm(self) -> float:
-        """Global norm of the gradients."""
-        return float(nn.utils.get_total_norm([_gradient(parameter) for parameter in self.named.values()]))
+        """Global norm of the gradients.
+
+        Row by row first: one fp32 sum over the 28 million elements of an embedding is off by a thousandth on a CPU.
+        """
+        rows = (torch.linalg.vector_norm(_gradient(parameter), dim=-1) for parameter in self.named.values())
+        return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(row) for row in rows])))
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

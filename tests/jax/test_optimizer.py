@@ -60,7 +60,7 @@ def test_ten_steps_follow_the_written_rule(case: str) -> None:
     for gradients in random_steps(SHAPES, size):
         norm = stepped.step(gradients, rate)
         exact = np.sqrt(sum((x.astype(np.float64) ** 2).sum() for x in gradients.values()))
-        assert norm == pytest.approx(exact, rel=1e-5)
+        assert norm == pytest.approx(exact, rel=1e-6)
         assert (norm > config.clip_norm) == (case not in ("clip idle", "eps as large as the gradients"))
         reference.step(gradients, rate)
     assert_follows(reference, start, flat(stepped.params), rate)
@@ -82,6 +82,12 @@ def test_decay_survives_a_tiny_learning_rate() -> None:
     name = "embed.weight"
     found, exact = flat(stepped.params)[name], reference.parameters[name]
     assert abs(lost_decay(found, start[name], exact, config, rate)) < 0.1
+
+
+def test_norm_of_a_large_matrix_keeps_its_digits() -> None:
+    gradient = 1e-3 * np.exp(2 * np.random.default_rng(0).standard_normal((8192, 576), np.float32))
+    norm = optimizer.global_norm({"matrix": jnp.asarray(gradient)})
+    assert float(norm) == pytest.approx(np.linalg.norm(gradient.astype(np.float64)), rel=1e-6)
 
 
 def test_zero_gradients_only_decay_matrices() -> None:
