@@ -13,6 +13,7 @@ import pytest
 
 from common.algorithms.schedule import learning_rate
 from common.config import load_config
+from common.metrics import UPDATE_KEYS, update_metrics
 from tests.numpy_run import train
 from tests.numpy_trainer import NumpyTrainer
 from tests.runs import IMPOSSIBLE, LOWERCASE, lowercase_run, prompt, read_lines, saved_steps, untimed, write_records
@@ -79,6 +80,13 @@ def test_metrics_say_what_the_rollouts_were(tmp_path: Path) -> None:
         assert record["tokens/trained"] == sum(len(r["token_ids"]) for r in trained)
         assert record["response/length_mean"] == pytest.approx(np.mean([len(r["token_ids"]) for r in rollouts]))
         assert record["groups/uninformative_fraction"] == pytest.approx(1 - len(trained) / len(rollouts))
+
+
+def test_updates_of_a_step_are_one_record() -> None:
+    first = dict.fromkeys(UPDATE_KEYS, 1.0) | {"policy/ratio_max": 5.0, "tokens/trained": 10.0}
+    second = dict.fromkeys(UPDATE_KEYS, 3.0) | {"tokens/trained": 4.0}
+    expected = dict.fromkeys(UPDATE_KEYS, 2.0) | {"policy/ratio_max": 5.0, "tokens/trained": 14.0}
+    assert update_metrics([first, second], [0.1, 0.2, 0.3]) == {**expected, "learning_rate": 0.2}
 
 
 def test_equal_runs_are_equal_and_another_seed_is_another_run(tmp_path: Path) -> None:
