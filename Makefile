@@ -17,7 +17,7 @@ test: lint
 lint: .venv-dev/ready
 	.venv-dev/bin/ruff check .
 	.venv-dev/bin/ruff format --check .
-	.venv-dev/bin/pyright
+	.venv-dev/bin/pyright --pythonpath .venv-dev/bin/python
 
 # The parity ladder on SmolLM2-135M with 20 replayed steps; writes the certificate that the repository carries.
 certify: .venv-dev/ready

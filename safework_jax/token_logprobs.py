@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from safework_jax.models.decoder.text import project
+
 # Positions of all rows together whose logits exist at one time: 512 x 150k vocabulary x 4 bytes = 0.3 GB.
 CHUNK = 512
 
@@ -20,38 +22,45 @@ def token_logprobs(
     """Logprobs [B T] (differentiable) and entropies [B T] of the wanted tokens, fp32, 0 elsewhere.
 
     hidden: float [B T D]. weight: [V D]. token_ids: int [B T]. previous: int [B T], the place of the token before: the
-    value at t is predicted from there. wanted: bool [B T], False wherever a sequence starts. Chunks run along T, so
-    that rows stay on their devices; the backward pass computes the logits of a chunk again.
+    value at t is predicted from there. wanted: bool [B T], False wherever a sequence starts. Wanted tokens are moved to
+    the front and chunks run along T, so that rows stay on their devices and chunks with nothing wanted are skipped; the
+    backward pass computes the logits of a chunk again.
     """
-    rows, tokens, dim = hidden.shape
+    rows, tokens = hidden.shape[:2]
     width = max(1, min(tokens, CHUNK // rows))
-    padding = -tokens % width
-    before = jnp.take_along_axis(hidden, previous[..., None], axis=1)
-    before = jnp.pad(before, ((0, 0), (0, padding), (0, 0)))
-    targets = jnp.pad(token_ids, ((0, 0), (0, padding)))
+    order = jnp.argsort(~wanted, axis=1, stable=True)
+    ordered = [jnp.take_along_axis(array, order, axis=1) for array in (previous, token_ids, wanted)]
+    before, targets, live = (jnp.pad(array, ((0, 0), (0, -tokens % width))) for array in ordered)
     weight = weight.astype(hidden.dtype)
 
     @jax.checkpoint
-    def chunk(_: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        return None, _chunk_logprobs(*part, weight, temperature)
+    def chunk(_: None, part: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        before, targets, live = part
 
-    parts = (
-        before.reshape(rows, -1, width, dim).swapaxes(0, 1),
-        targets.reshape(rows, -1, width).swapaxes(0, 1),
-    )
+        def chosen() -> tuple[jax.Array, jax.Array]:
+            return _chunk_logprobs(jnp.take_along_axis(hidden, before[..., None], 1), targets, weight, temperature)
+
+        def nothing() -> tuple[jax.Array, jax.Array]:
+            return jnp.zeros((rows, width)), jnp.zeros((rows, width))
+
+        return None, jax.lax.cond(live.any(), chosen, nothing)
+
+    parts = tuple(array.reshape(rows, -1, width).swapaxes(0, 1) for array in (before, targets, live))
     _, (logprobs, entropy) = jax.lax.scan(chunk, None, parts)
+    rank = jnp.cumsum(wanted, axis=1) - 1
 
-    def whole(x: jax.Array) -> jax.Array:
-        return jnp.where(wanted, x.swapaxes(0, 1).reshape(rows, -1)[:, :tokens], 0.0)
+    def in_place(x: jax.Array) -> jax.Array:
+        whole = x.swapaxes(0, 1).reshape(rows, -1)
+        return jnp.where(wanted, jnp.take_along_axis(whole, jnp.maximum(rank, 0), axis=1), 0.0)
 
-    return whole(logprobs), whole(jax.lax.stop_gradient(entropy))
+    return in_place(logprobs), in_place(jax.lax.stop_gradient(entropy))
 
 
 def _chunk_logprobs(
     hidden: jax.Array, targets: jax.Array, weight: jax.Array, temperature: float
 ) -> tuple[jax.Array, jax.Array]:
     """[B C D], [B C] -> logprobs and entropies [B C]."""
-    logits = jnp.einsum("bcd,vd->bcv", hidden, weight).astype(jnp.float32)
+    logits = project(hidden, weight).astype(jnp.float32)
     if temperature != 1.0:
         logits = logits / temperature
     logprobs = jax.nn.log_softmax(logits, axis=-1)

@@ -18,13 +18,12 @@ def choose(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor
     """
     if sampling.temperature not in (0, 1):
         logits = logits / sampling.temperature
-    normaliser = torch.logsumexp(logits, dim=-1)
+    logprobs = torch.log_softmax(logits, dim=-1)
     if sampling.temperature == 0:
         chosen = logits.argmax(dim=-1)
     else:
-        probabilities = torch.exp(logits - normaliser[:, None])
-        chosen = inverse_cdf(truncated(probabilities, sampling.top_k, sampling.top_p), uniforms)
-    return chosen, logits.gather(-1, chosen[:, None])[:, 0] - normaliser
+        chosen = inverse_cdf(truncated(logprobs.exp(), sampling.top_k, sampling.top_p), uniforms)
+    return chosen, logprobs.gather(-1, chosen[:, None])[:, 0]
 
 
 def truncated(probabilities: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -43,10 +42,13 @@ def truncated(probabilities: Tensor, top_k: int, top_p: float) -> Tensor:
 def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     """Index of the token in which u times the total falls, in vocabulary order. weights >= 0: [R V] -> int64 [R]."""
     rows, vocabulary = weights.shape
-    blocks = torch.nn.functional.pad(weights, (0, -vocabulary % BLOCK)).view(rows, -1, BLOCK)
-    ends = blocks.sum(dim=-1).cumsum(dim=-1)
+    if vocabulary % BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, -vocabulary % BLOCK))
+    blocks = weights.view(rows, -1, BLOCK)
+    sums = blocks.sum(dim=-1)
+    ends = sums.cumsum(dim=-1)
     target = uniforms * ends[:, -1]
-    block = (ends <= target[:, None]).sum(dim=-1).clip(max=_last_positive(blocks.sum(dim=-1)))
+    block = (ends <= target[:, None]).sum(dim=-1).clip(max=_last_positive(sums))
     before = torch.where(block > 0, ends.gather(-1, (block - 1).clip(min=0)[:, None])[:, 0], 0.0)
     inside = blocks[torch.arange(rows, device=weights.device), block]
     place = (inside.cumsum(dim=-1) <= (target - before)[:, None]).sum(dim=-1).clip(max=_last_positive(inside))

@@ -92,8 +92,8 @@ _TORCH = [
     Mutant(
         "torch decodes every token at one position",
         "safework_torch/sampling.py",
-        "        rows.positions += 1\n",
-        "",
+        "rows.layout.positions(slots[-1:])",
+        "rows.layout.positions(slots[-2:])",
         "greedy tokens that differ",
     ),
 ]
@@ -102,15 +102,15 @@ _JAX = [
     Mutant(
         "jax predicts a token from itself",
         "safework_jax/token_logprobs.py",
-        "jnp.take_along_axis(hidden, previous[..., None], axis=1)",
-        "hidden",
+        "for array in (previous, token_ids, wanted)]",
+        "for array in (jnp.broadcast_to(jnp.arange(tokens), previous.shape), token_ids, wanted)]",
         "logprob difference",
     ),
     Mutant(
         "jax trains on every token",
         "safework_jax/token_logprobs.py",
-        "jnp.where(wanted, x",
-        "jnp.where(wanted | True, x",
+        "jnp.where(wanted, jnp",
+        "jnp.where(wanted | True, jnp",
         "logprob difference",
     ),
     Mutant(

@@ -81,22 +81,20 @@ def test_a_failed_ladder_is_a_failed_command(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_rung_passes_on_the_embedded_model_up_to_one_step(tmp_path: Path) -> None:
-    data = {
-        "train": [
-            {"path": str(ROOT / "configs" / "data" / f"{name}.jsonl")} for name in ("general_rule", "instruction_rule")
-        ],
-        "max_prompt_tokens": 72,
-    }
+    files = [ROOT / "configs" / "data" / f"{name}.jsonl" for name in ("general_rule", "instruction_rule")]
     run = write_run(
         tmp_path,
         embedded_model(),
         backend={"threads": 2},
-        data=data,
+        data={"train": [{"path": str(file)} for file in files], "max_prompt_tokens": 72},
         rollout={"prompts_per_step": 4, "group_size": 4, "max_new_tokens": 24},
-        batch={"row_tokens": 192, "rows_per_microbatch": 2, "share_prompts": True},
+        batch={"row_tokens": 144, "rows_per_microbatch": 2, "share_prompts": True},
     )
-    done = safework("parity", run, "--steps", "1", "--out", tmp_path / "parity.json")
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = start(
+        "common.cli", "parity", run, "--steps", "1", "--out", tmp_path / "parity.json", TMPDIR=str(tmp_path)
+    )
+    out, error = process.communicate(timeout=1200)
+    assert process.returncode == 0, out + error
     passed_certificate(tmp_path / "parity.json", embedded_model(), 1)
 
 

@@ -62,6 +62,29 @@ class Embedding(nnx.Module):
         return self.weight[...][token_ids].astype(dtype)
 
 
+@jax.custom_vjp
+def project(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x W^T: [... in], [out in] -> [... out].
+
+    With a gradient rule of its own, because of the order of one product: left to itself, XLA on a CPU transposes the
+    output's gradient, and computes it anew in that order, for the weight's; transposing x is several times faster.
+    """
+    return x @ weight.T
+
+
+def _project_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ weight.T, (x, weight)
+
+
+def _project_backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, weight = kept
+    rows, columns = (array.reshape(-1, array.shape[-1]) for array in (x, gradient))
+    return gradient @ weight, (rows.T @ columns).T
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
 class Linear(nnx.Module):
     """x W^T + b, in the dtype of x."""
 
@@ -71,7 +94,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[... in] -> [... out]"""
-        y = x @ self.weight[...].astype(x.dtype).T
+        y = project(x, self.weight[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
