@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rows-per-microbatch", type=int, default=4)
+    parser.add_argument("--recompute", default="none", choices=("none", "dots", "full"))
     parser.add_argument("--side", choices=SIDES)
     arguments = parser.parse_args()
     if arguments.side:
@@ -127,6 +128,7 @@ def our_step(arguments: argparse.Namespace) -> Callable[[], object]:
             f"batch.row_tokens={arguments.tokens}",
             f"batch.rows_per_microbatch={arguments.rows_per_microbatch}",
             "batch.share_prompts=false",
+            f"backend.recompute={arguments.recompute}",
         ],
     )
     trainer = import_module(f"safework_{arguments.side}.main").open_trainer(loaded, model_folder(MODEL), None)

@@ -87,7 +87,7 @@ class Reporter:
         parts = ", ".join(f"{key.removeprefix('reward/')} {value:.3f}" for key, value in _rewards(metrics).items())
         seconds = metrics["time/evaluation_s"]
         self.say(
-            f"held-out before step {metrics['step']}: reward {metrics['reward/mean']:.3f} ({parts}), {seconds:.0f} s"
+            f"held-out after step {metrics['step']}: reward {metrics['reward/mean']:.3f} ({parts}), {seconds:.0f} s"
         )
         if self._wandb is not None:
             self._wandb.log({f"heldout/{key}": value for key, value in metrics.items()}, step=int(metrics["step"]))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.algorithms.objective import Sums, TokenArrays, add_sums, objective, update_record
-from common.config import ConfigError, LossConfig, RunConfig
+from common.config import LossConfig, RunConfig
 from common.trainer import NonFiniteUpdate, Response, Sampling, SamplingPrompt
 from common.types import TrainBatch
 from safework_jax import optimizer
@@ -44,11 +44,6 @@ class JaxTrainer:
     """A Flax decoder with fp32 master weights over one mesh, its AdamW state, and the reference model."""
 
     def __init__(self, config: RunConfig, section: JaxSection, policy: Path, reference: Path | None) -> None:
-        if config.batch.rows_per_microbatch % section.fsdp:
-            raise ConfigError(
-                f"batch.rows_per_microbatch = {config.batch.rows_per_microbatch}: does not divide over "
-                f"backend.jax.fsdp = {section.fsdp} devices. Choose a multiple of {section.fsdp}."
-            )
         self._config = config
         self._dtype = jnp.dtype(config.backend.dtype)
         self._mesh = make_mesh(section.fsdp)

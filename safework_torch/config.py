@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from common.config.section import Section
+from common.config.run import EngineSection
 
 
-class TorchSection(Section):
+class TorchSection(EngineSection):
     """compile: torch.compile on the decoder blocks (a GPU gains; the CPU's first step gets slower)."""
 
     compile: bool = False

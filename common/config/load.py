@@ -10,8 +10,8 @@ from typing import Any
 
 from common.config.checks import cross_checks
 from common.config.merge import DEFAULT, Layers
-from common.config.run import RunConfig
-from common.config.section import ConfigError, Section
+from common.config.run import EngineSection, RunConfig
+from common.config.section import ConfigError
 from common.config.sentences import parse_table, sentence
 
 ENGINES = ("torch", "jax")
@@ -25,7 +25,7 @@ class LoadedConfig:
 
     config: RunConfig
     origins: dict[str, str]
-    engine: Section
+    engine: EngineSection
 
     def origin(self, key: str) -> str:
         """Where a dotted key was set; `default` where nobody did."""
@@ -53,11 +53,11 @@ def load_config(paths: Sequence[str | Path], overrides: Iterable[str] = ()) -> L
         name: parse_table(section, getattr(config.backend, name), f"backend.{name}", origin)
         for name, section in sections.items()
     }
-    resolved = config.model_dump()
-    problems = [sentence(key, _at(resolved, key), origin(key), problem) for key, problem in cross_checks(config)]
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return LoadedConfig(config, layers.origins, engines[config.backend.name])
+    engine, resolved = engines[config.backend.name], config.model_dump()
+    found = (*cross_checks(config), *engine.problems(config))
+    if found:
+        raise ConfigError("\n".join(sentence(key, _at(resolved, key), origin(key), problem) for key, problem in found))
+    return LoadedConfig(config, layers.origins, engine)
 
 
 def _at(table: Any, key: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import Field
@@ -157,3 +158,11 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     metrics: MetricsSection = Field(default_factory=MetricsSection)
+
+
+class EngineSection(Section):
+    """The parent of each engine's own table, `backend.torch` and `backend.jax`."""
+
+    def problems(self, config: RunConfig) -> Iterable[tuple[str, str]]:
+        """What of the whole config this engine cannot run, as (key to blame, sentence)."""
+        return ()

@@ -143,7 +143,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
     lines = trained.stdout.splitlines()
     assert [line.split()[1] for line in lines if line.startswith("step ")] == ["1/3", "2/3", "3/3"]
     assert all(" left 0" in line for line in lines if line.startswith("step "))
-    assert [line for line in lines if line.startswith("held-out before step ")]
+    assert [line for line in lines if line.startswith("held-out after step ")]
     # A sample of the first step: prompt, response, score.
     assert any(line.startswith("-> ") for line in lines)
     assert any(re.fullmatch(r"\[instruction_rule: \d\.\d\d \(instructions \d\.\d\d\)\]", line) for line in lines)
