@@ -84,7 +84,8 @@ def _checked_recipe(loaded: LoadedConfig, sources: Sequence[LoadedSource]) -> Re
 def open_run(loaded: LoadedConfig) -> RunDir:
     """The run's folder, with its resolved config; a folder that holds a run goes on with it.
 
-    Raises ConfigError when the folder cannot be made or holds a run whose config differs in what must not change.
+    Raises ConfigError when the folder cannot be made, another process trains in it, or it holds a run whose config
+    differs in what must not change.
     """
     path, origin = loaded.config.run.dir, loaded.origin("run.dir")
     try:
@@ -92,6 +93,9 @@ def open_run(loaded: LoadedConfig) -> RunDir:
     except OSError as error:
         problem = f"cannot be used as a folder ({error.strerror}). Give run.dir another path."
         raise ConfigError(sentence("run.dir", path, origin, problem)) from None
+    if not run_dir.claim():
+        problem = "another process is training in this folder. Wait for it or stop it, or give run.dir another path."
+        raise ConfigError(sentence("run.dir", path, origin, problem))
     if run_dir.config.exists() and run_dir.saved_steps():
         changes = forbidden_changes(load_config([run_dir.config]).config, loaded.config)
         if changes:

@@ -12,6 +12,7 @@ how long the record files were, so that a resumed run cuts off what a killed one
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -54,6 +55,22 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.config = self.path / "config.yaml"
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+
+    def claim(self) -> bool:
+        """Keep every other process from training here until `release` or the end of this one, however it ends; False
+        where another has done so.
+        """
+        self._claimed = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            return False
+        return True
+
+    def release(self) -> None:
+        """Give back what `claim` took."""
+        os.close(self._claimed)
 
     def saved_steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from common.trainer import Response, Sampling, SamplingPrompt
-from safework_torch.decode_step import DecodeStep
-from safework_torch.kv_cache import KeyValueCache, Layout
-from safework_torch.prefill import prefill
+from safework_torch.decoding.cache import KeyValueCache, Layout
+from safework_torch.decoding.prefill import prefill
+from safework_torch.decoding.step import DecodeStep
 from safework_torch.token_choice import choose
 
 # Rows are compacted once this share of them, or fewer, is still running.

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
+from common.run_dir import RunDir
 from tests.runs import LOWERCASE, lowercase_run, prompt, read_lines, safework, saved_steps
 from tests.tiny import CONTROL, make_model
 
@@ -90,6 +91,18 @@ def test_a_config_mistake_is_named_and_leaves_a_run_as_it_was(begun: Path, name:
 
 def test_check_finds_a_config_mistake_too(begun: Path) -> None:
     assert "Did you mean 'group_size'?" in said(safework("check", begun, "rollout.group_sise=8"))
+
+
+def test_a_folder_that_another_process_trains_in(begun: Path) -> None:
+    folder = RunDir(begun.parent / "run")
+    assert folder.claim()
+    before = contents(folder.path)
+    try:
+        error = said(safework("train", begun, "run.steps=6"))
+    finally:
+        folder.release()
+    assert f"run.dir = '{folder.path}' ({begun}:1): another process is training in this folder" in error
+    assert contents(folder.path) == before
 
 
 def test_rows_that_do_not_divide_over_devices(begun: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from safework_torch.kv_cache import KeyValueCache, Layout
+from safework_torch.decoding.cache import KeyValueCache, Layout
 from safework_torch.model import head
 
 

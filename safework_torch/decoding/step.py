@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-from safework_torch.kv_cache import KeyValueCache
+from safework_torch.decoding.cache import KeyValueCache
 from safework_torch.model import head
 
 
@@ -53,8 +53,7 @@ class _Layer:
     def __init__(self, layer: Any, dtype: torch.dtype) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.attention_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
-        self.query_norm = getattr(attention, "q_norm", None)
-        self.key_norm = getattr(attention, "k_norm", None)
+        self.query_key_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
         self.query_key_value = _projection(attention.q_proj, attention.k_proj, attention.v_proj, dtype=dtype)
         self.output = _projection(attention.o_proj, dtype=dtype)
         self.gate_up = _projection(mlp.gate_proj, mlp.up_proj, dtype=dtype)
@@ -65,10 +64,11 @@ class _Layer:
 
     def normed_query_key(self, heads: Tensor) -> Tensor:
         """Query heads, then key heads, [R H head_dim], each normed where the family does so."""
-        if self.query_norm is None or self.key_norm is None:
+        if self.query_key_norms is None:
             return heads
+        query_norm, key_norm = self.query_key_norms
         query, key = heads[:, : -self.num_key_heads], heads[:, -self.num_key_heads :]
-        return torch.cat((_normed(self.query_norm, query), _normed(self.key_norm, key)), dim=1)
+        return torch.cat((_normed(query_norm, query), _normed(key_norm, key)), dim=1)
 
 
 def _normed(norm: Any, x: Tensor) -> Tensor:
@@ -93,7 +93,6 @@ class DecodeStep:
         self._model: Any = model.model
         self._layers = [_Layer(layer, dtype) for layer in self._model.layers]
         self._head = _Projection([head(model)], [], dtype)
-        self._kinds = getattr(model.config, "layer_types", ())
 
     def __call__(
         self, tokens: Tensor, positions: Tensor, visible: Tensor | dict[str, Tensor], cache: KeyValueCache
@@ -106,7 +105,7 @@ class DecodeStep:
         cos, sin = self._model.rotary_emb(x, positions[:, None])
         terms = tree_map(partial(_score_term, dtype=self.dtype), visible)
         for index, layer in enumerate(self._layers):
-            term = terms if isinstance(terms, Tensor) else terms[self._kinds[index]]
+            term = terms if isinstance(terms, Tensor) else terms[self._model.config.layer_types[index]]
             x = x + _attended(layer, _normed(layer.attention_norm, x), cos, sin, term, cache, index)
             gate, up = layer.gate_up(_normed(layer.mlp_norm, x)).chunk(2, dim=-1)
             x = x + layer.down(layer.activation(gate) * up)

@@ -1,0 +1,1 @@
+"""Decoding on torch: the cache, prompts into it, and one token after another."""
