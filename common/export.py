@@ -9,11 +9,9 @@ from typing import Literal
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from common.run_dir import NotSaved
-from common.state_files import read_parameters
+from common.state_files import read_parameters, save_tensors
 
 # What travels with the weights, beside config.json.
 COMPANIONS = (
@@ -42,16 +40,17 @@ def export_model(checkpoint: Path, source: Path, folder: Path, dtype: Literal["f
         _write_folder(parameters, source, partial, dtype)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise NotSaved(
-            f"{folder}: could not be written ({error}). Make room on the disk and run safework export again."
+            f"{folder}: could not be written ({error.strerror or error}). "
+            "Make room on the disk and run safework export again."
         ) from error
 
 
 def _write_folder(parameters: dict[str, np.ndarray], source: Path, folder: Path, dtype: str) -> None:
     tensors = {name: array.astype(DTYPES[dtype], copy=False) for name, array in parameters.items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    save_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
     hf = json.loads((source / "config.json").read_text())
     # transformers loads in the dtype named here; it was `torch_dtype` before version 5.
     hf["torch_dtype" if "torch_dtype" in hf else "dtype"] = dtype

@@ -9,6 +9,8 @@ Each file's metadata holds the number of optimizer steps taken.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,11 +40,22 @@ class TrainingState:
 def write_state(state: TrainingState, folder: Path) -> None:
     """Write the three files into a folder that exists. Raises OSError when the disk does."""
     for field, name in _FILES.items():
-        tensors = {key: np.asarray(array, order="C") for key, array in vars(state)[field].items()}
-        try:
-            save_file(tensors, folder / name, {STEPS: str(state.optimizer_steps)})
-        except SafetensorError as error:  # how the library reports a full disk
-            raise OSError(f"{name}: {error}") from error
+        save_tensors(vars(state)[field], folder / name, {STEPS: str(state.optimizer_steps)})
+
+
+def save_tensors(tensors: Mapping[str, np.ndarray], file: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file, readable as any new file is. Raises OSError when the disk refuses."""
+    try:
+        save_file({name: np.asarray(array, order="C") for name, array in tensors.items()}, file, metadata)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(file)) from error
+    # The library makes its file for the owner alone.
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
 
 
 def read_parameters(folder: Path) -> dict[str, np.ndarray]:

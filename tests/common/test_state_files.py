@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -58,6 +59,8 @@ def state_of(array: np.ndarray) -> TrainingState:
 def test_three_files_that_others_can_read(tmp_path: Path) -> None:
     write_state(state_of(np.arange(6, dtype=np.float32).reshape(2, 3)), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES
+    (tmp_path / "plain").touch()
+    assert {path.stat().st_mode for path in tmp_path.iterdir()} == {(tmp_path / "plain").stat().st_mode}
     for name in FILES:
         with safe_open(tmp_path / name, "np") as file:
             assert file.metadata() == {STEPS: "7"}
@@ -77,17 +80,18 @@ def test_writing_again_replaces(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_state(tmp_path).parameters["w"], np.zeros(2, np.float32))
 
 
-@pytest.mark.parametrize("disk", [small_disk, limited_files])
+@pytest.mark.parametrize(("disk", "code"), [(small_disk, errno.ENOSPC), (limited_files, errno.EFBIG)])
 def test_full_disk_is_an_os_error_that_names_the_file(
-    disk: Callable[[Path], AbstractContextManager[Path]], tmp_path: Path
+    disk: Callable[[Path], AbstractContextManager[Path]], code: int, tmp_path: Path
 ) -> None:
-    with disk(tmp_path / "disk") as folder, pytest.raises(OSError, match=r"^model\.safetensors: .*os error"):
+    with disk(tmp_path / "disk") as folder, pytest.raises(OSError, match=r"model\.safetensors'$") as caught:
         write_state(state_of(np.ones(2**20, np.float32)), folder)
+    assert caught.value.errno == code
     with disk(tmp_path / "other") as folder:
         write_state(state_of(np.ones(2**14, np.float32)), folder)
         assert sorted(path.name for path in folder.iterdir()) == FILES
 
 
 def test_missing_folder_is_an_os_error(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"^model\.safetensors: "):
+    with pytest.raises(OSError, match=r"model\.safetensors'$"):
         write_state(state_of(np.ones(2, np.float32)), tmp_path / "nowhere")
