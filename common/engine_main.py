@@ -10,6 +10,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from common.config import ConfigError, LoadedConfig, load_config
@@ -35,7 +36,8 @@ INTERRUPTED = 130
 
 def split_arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Config files and key=value overrides, in any order."""
-    return [word for word in words if "=" not in word], [word for word in words if "=" in word]
+    files = [word for word in words if "=" not in word or Path(word).is_file()]
+    return files, [word for word in words if word not in files]
 
 
 def run_verb(open_trainer: OpenTrainer, words: Sequence[str]) -> int:
@@ -70,27 +72,26 @@ def _train(open_trainer: OpenTrainer, loaded: LoadedConfig, command: str) -> int
     policy, reference = policy_folder(loaded), reference_folder(loaded)
     chat = Chat(policy, config.model.system)
     data = load_data(loaded, chat)
-    run_dir = open_run(loaded)
-    start = run_dir.state()
-    if start.step >= config.run.steps:
-        if not _is_exported(run_dir, start.step):
-            _export(run_dir, start.step, policy)
-        print(f"{run_dir.path}: already trained for {start.step} steps; raise run.steps to go on. Nothing to do.")
-        return 0
-    trainer = open_trainer(loaded, policy, reference)
-    sampler = RolloutSampler(trainer, chat, config.rollout, config.run.seed)
-    try:
-        with Interrupt() as interrupt, Reporter(config, start.step) as reporter:
+    with closing(open_run(loaded)) as run_dir:
+        start = run_dir.state()
+        if start.step >= config.run.steps:
+            if not _is_exported(run_dir, start.step):
+                _export(run_dir, start.step, policy)
+            print(f"{run_dir.path}: already trained for {start.step} steps; raise run.steps to go on. Nothing to do.")
+            return 0
+        trainer = open_trainer(loaded, policy, reference)
+        sampler = RolloutSampler(trainer, chat, config.rollout, config.run.seed)
+        with closing(data.recipe), Interrupt() as interrupt, Reporter(config, start.step) as reporter:
             if start.step:
                 reporter.say(f"{run_dir.path}: resuming after step {start.step}")
             state = Loop(config, trainer, data, sampler, run_dir, reporter, interrupt).run()
-    finally:
-        data.recipe.close()
-    if state.step < config.run.steps:
-        done = f"stopped and saved after step {state.step} of {config.run.steps}" if state.step else "stopped at once"
-        print(f"{done}. To go on: {command}", file=sys.stderr)
-        return INTERRUPTED
-    _export(run_dir, state.step, policy)
+        if state.step < config.run.steps:
+            done = (
+                f"stopped and saved after step {state.step} of {config.run.steps}" if state.step else "stopped at once"
+            )
+            print(f"{done}. To go on: {command}", file=sys.stderr)
+            return INTERRUPTED
+        _export(run_dir, state.step, policy)
     print(f"done: {run_dir.path}/export holds the trained model, metrics.jsonl and rollouts.jsonl the record")
     return 0
 

@@ -88,6 +88,13 @@ def open_run(loaded: LoadedConfig) -> RunDir:
     differs in what must not change.
     """
     path, origin = loaded.config.run.dir, loaded.origin("run.dir")
+    folder = Path(path).expanduser()
+    if (folder / "config.yaml").exists() and not (folder / "checkpoints").is_dir():
+        problem = (
+            "holds a config.yaml but no checkpoints folder: it is no run, or has lost its checkpoints. "
+            "Give run.dir a folder of its own."
+        )
+        raise ConfigError(sentence("run.dir", path, origin, problem))
     try:
         run_dir = RunDir(path)
     except OSError as error:

@@ -30,22 +30,36 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 def export_model(checkpoint: Path, source: Path, folder: Path, dtype: Literal["float32", "bfloat16"]) -> None:
     """Write the parameters of a checkpoint, cast to `dtype`, with all else from `source`, the model trained from.
 
-    Raises NotSaved when the disk refuses; an earlier export of the name `folder` then stays as it was.
+    Raises NotSaved when the disk refuses, and when `folder` holds anything but an earlier export; it then stays as it
+    was.
     """
     parameters = read_parameters(checkpoint)
-    partial = folder.with_name(folder.name + ".partial")
+    if not _may_be_replaced(folder, source):
+        raise NotSaved(f"{folder}: exists and is no earlier export, so it stays as it is. Name another folder.")
+    partial, old = (folder.with_name(folder.name + ending) for ending in (".partial", ".old"))
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write_folder(parameters, source, partial, dtype)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
         partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise NotSaved(
             f"{folder}: could not be written ({error.strerror or error}). "
             "Make room on the disk and run safework export again."
         ) from error
+
+
+def _may_be_replaced(folder: Path, source: Path) -> bool:
+    """Whether nothing would be lost: there is no such folder, or an empty one, or a model that is not the source."""
+    if not folder.exists():
+        return True
+    is_model = (folder / "config.json").is_file() and folder.resolve() != source.resolve()
+    return is_model or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def _write_folder(parameters: dict[str, np.ndarray], source: Path, folder: Path, dtype: str) -> None:

@@ -57,18 +57,19 @@ class RunDir:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
 
     def claim(self) -> bool:
-        """Keep every other process from training here until `release` or the end of this one, however it ends; False
+        """Keep every other process from training here until `close` or the end of this one, however it ends; False
         where another has done so.
         """
-        self._claimed = os.open(self.path, os.O_RDONLY)
+        # A file, because a lock on a folder does not reach other hosts.
+        self._claimed = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(self._claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.release()
+            self.close()
             return False
         return True
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Give back what `claim` took."""
         os.close(self._claimed)
 
@@ -89,21 +90,26 @@ class RunDir:
         return LoopState(**json.loads((self.checkpoint(steps[-1]) / STATE_FILE).read_text()))
 
     def rewind_records(self, state: LoopState) -> None:
-        """Cut the record files back to where the state left them and remove half-written checkpoints.
+        """Cut the record files back to where the state left them and remove half-written checkpoints; where no
+        checkpoint was complete, records get the ending `.old` instead.
 
         Raises NotSaved when one is shorter than that: somebody has changed it.
         """
-        for name in RECORDS:
-            path, length = self.path / name, state.record_bytes.get(name, 0)
+        lengths = {self.path / name: state.record_bytes.get(name, 0) for name in RECORDS}
+        for path, length in lengths.items():
             if (path.stat().st_size if path.exists() else 0) < length:
                 raise NotSaved(
                     f"{path}: is shorter than the {length} bytes it had at the checkpoint of step {state.step}, so it "
                     "was changed or removed. Put it back, or start anew in another run.dir."
                 )
-            if path.exists():
+        for path, length in lengths.items():
+            if path.exists() and state.step == 0:
+                # Somebody may have removed the checkpoints of a long run; its records must outlive that.
+                path.replace(path.with_name(path.name + ".old"))
+            elif path.exists():
                 os.truncate(path, length)
         for folder in self.checkpoints.glob("*.partial"):
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def write_config(self, text: str) -> None:
         """Write config.yaml; on a full disk the old one stays. Raises NotSaved."""
@@ -158,7 +164,7 @@ class RunDir:
         for step in self.saved_steps()[:-keep]:
             # Renamed first: a folder that is half gone must not look complete.
             old = self.checkpoint(step).rename(self.checkpoint(step).with_suffix(".partial"))
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
 
     def _not_saved(self, path: Path, error: OSError) -> NotSaved:
         steps = self.saved_steps()

@@ -18,6 +18,8 @@ from safework_jax.models.decoder.config import DecoderConfig
 from safework_jax.models.decoder.names import is_stacked, tensor_names
 from safework_jax.models.decoder.text import Params, init_params
 
+HEAD_AND_EMBEDDING = ("lm_head.weight", "model.embed_tokens.weight")
+
 
 def _on_default_device(path: str, array: np.ndarray) -> jax.Array:
     return jax.numpy.asarray(array)
@@ -82,7 +84,7 @@ def _check_tensors(folder: Path, config: DecoderConfig, leaves: dict[str, Any], 
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
-    # Older exports hold rotary frequencies, and some tied models a copy of the embedding; transformers ignores both.
+    # Older exports hold rotary frequencies, and some tied models a copy of the embedding.
     spare = {"lm_head.weight"} if config.tied_embeddings else set()
     unexpected = [name for name in found.keys() - expected.keys() - spare if not name.endswith(".rotary_emb.inv_freq")]
     problems = [
@@ -96,6 +98,11 @@ def _check_tensors(folder: Path, config: DecoderConfig, leaves: dict[str, Any], 
     ]
     if problems:
         raise ConfigError(f"the tensors of {folder} do not fit its config.json: {'; '.join(problems)}.")
+    if spare & found.keys() and not np.array_equal(*(tensors[name].get_tensor(name) for name in HEAD_AND_EMBEDDING)):
+        raise ConfigError(
+            f"model folder {folder}: config.json ties the head to the embedding, but lm_head.weight differs from it. "
+            "Set tie_word_embeddings to false, or remove lm_head.weight."
+        )
 
 
 def _some(names: Iterable[str]) -> str:

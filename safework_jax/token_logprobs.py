@@ -31,14 +31,15 @@ def token_logprobs(
     order = jnp.argsort(~wanted, axis=1, stable=True)
     ordered = [jnp.take_along_axis(array, order, axis=1) for array in (previous, token_ids, wanted)]
     before, targets, live = (jnp.pad(array, ((0, 0), (0, -tokens % width))) for array in ordered)
-    weight = weight.astype(hidden.dtype)
 
     @jax.checkpoint
     def chunk(_: None, part: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, jax.Array]]:
         before, targets, live = part
 
         def chosen() -> tuple[jax.Array, jax.Array]:
-            return _chunk_logprobs(jnp.take_along_axis(hidden, before[..., None], 1), targets, weight, temperature)
+            at = jnp.take_along_axis(hidden, before[..., None], 1)
+            # Cast here, so that the chunks' gradients are summed in the weight's own dtype.
+            return _chunk_logprobs(at, targets, weight.astype(hidden.dtype), temperature)
 
         def nothing() -> tuple[jax.Array, jax.Array]:
             return jnp.zeros((rows, width)), jnp.zeros((rows, width))

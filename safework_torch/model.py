@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from common.config import ConfigError
 # True: the family may mix full and sliding-window layers, and takes one mask for each kind.
 FAMILIES = {"llama": False, "qwen2": True, "qwen3": True}
 
+# Rotary embeddings whose angles depend on a token's position alone, not on what else is in the row.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
 _KEPT_BY_DOTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 
 
@@ -31,7 +35,11 @@ def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(folder)
     _check(config, folder)
     transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, attn_implementation="sdpa")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+    )
+    model, report = loaded
+    _check_weights(model, report, folder)
     # torch gives the padding token's embedding no gradient; here padding is no token, and often the end token is.
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
@@ -48,10 +56,33 @@ def _check(config: PreTrainedConfig, folder: Path) -> None:
     settings = config.to_dict()
     if "quantization_config" in settings:
         raise ConfigError(f"model folder {folder}: quantised weights cannot be trained. Use the original checkpoint.")
+    rope_type = (settings.get("rope_parameters") or {}).get("rope_type", "default")
+    if rope_type not in ROPE_TYPES:
+        raise ConfigError(
+            f"model folder {folder}: rope_type = {rope_type!r} in config.json; allowed are {', '.join(ROPE_TYPES)}."
+        )
+    if "sliding_attention" in settings.get("layer_types", ()) and settings.get("sliding_window") is None:
+        raise ConfigError(
+            f"model folder {folder}: layer_types in config.json names sliding_attention, but no sliding_window is in "
+            "force. Set use_sliding_window and sliding_window, or name full_attention."
+        )
     if settings["attention_dropout"] != 0:
         raise ConfigError(
             f"model folder {folder}: attention_dropout = {settings['attention_dropout']} in config.json; sampling and "
             "training would see different models. Set it to 0."
+        )
+
+
+def _check_weights(model: PreTrainedModel, report: dict[str, Any], folder: Path) -> None:
+    # transformers makes up what a file lacks, and unties a head that differs from the embedding, with a log line.
+    wrong = {kind: sorted(report[f"{kind}_keys"]) for kind in ("missing", "unexpected") if report[f"{kind}_keys"]}
+    if wrong:
+        found = "; ".join(f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in wrong.items())
+        raise ConfigError(f"model folder {folder}: its tensors do not fit its config.json: {found}.")
+    if model.config.tie_word_embeddings and model.lm_head.weight is not model.get_input_embeddings().weight:
+        raise ConfigError(
+            f"model folder {folder}: config.json ties the head to the embedding, but lm_head.weight differs from it. "
+            "Set tie_word_embeddings to false, or remove lm_head.weight."
         )
 
 

@@ -68,7 +68,7 @@ class _Layer:
             return heads
         query_norm, key_norm = self.query_key_norms
         query, key = heads[:, : -self.num_key_heads], heads[:, -self.num_key_heads :]
-        return torch.cat((_normed(query_norm, query), _normed(key_norm, key)), dim=1)
+        return torch.cat((query_norm(query), key_norm(key)), dim=1)
 
 
 def _normed(norm: Any, x: Tensor) -> Tensor:

@@ -122,3 +122,13 @@ def test_a_lost_checkpoint_is_not_blamed_on_the_disk(source: Path, tmp_path: Pat
     with pytest.raises(FileNotFoundError):
         export_model(tmp_path / "nowhere", source, tmp_path / "out", "float32")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["saved", ".", "source"])
+def test_what_is_no_earlier_export_is_not_replaced(source: Path, tmp_path: Path, name: str) -> None:
+    saved, _ = trained(tmp_path / "saved", source)
+    folder = source if name == "source" else tmp_path / name
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with pytest.raises(NotSaved, match="exists and is no earlier export, so it stays as it is"):
+        export_model(saved, source, folder, "float32")
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before

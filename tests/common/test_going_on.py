@@ -197,3 +197,30 @@ def test_a_run_dir_that_is_no_folder_is_an_error(tmp_path: Path, capsys: pytest.
     error = capsys.readouterr().err
     assert error.startswith(f"error: run.dir = '{tmp_path / 'run'}' ({run_file}:1): cannot be used as a folder (")
     assert (tmp_path / "run").read_text() == "a file"
+
+
+def test_records_outlive_removed_checkpoints(tmp_path: Path) -> None:
+    run_file = lowercase_run(tmp_path)
+    folder = train(run_file).folder
+    old = (folder / "rollouts.jsonl").read_bytes()
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "checkpoints").mkdir()
+    assert len(train(run_file).metrics) == 4
+    assert (folder / "rollouts.jsonl.old").read_bytes() == old
+
+
+def test_a_folder_with_a_config_of_something_else_is_not_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_file = lowercase_run(tmp_path)
+    other = tmp_path / "run" / "config.yaml"
+    other.parent.mkdir()
+    other.write_text("of: another program")
+    assert train(run_file).status == 1
+    assert "holds a config.yaml but no checkpoints folder" in capsys.readouterr().err
+    assert other.read_text() == "of: another program"
+
+
+def test_a_config_file_may_have_an_equals_sign_in_its_name(tmp_path: Path) -> None:
+    run_file = lowercase_run(tmp_path / "lr=3e-6")
+    assert train(run_file).status == 0

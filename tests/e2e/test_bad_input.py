@@ -100,7 +100,7 @@ def test_a_folder_that_another_process_trains_in(begun: Path) -> None:
     try:
         error = said(safework("train", begun, "run.steps=6"))
     finally:
-        folder.release()
+        folder.close()
     assert f"run.dir = '{folder.path}' ({begun}:1): another process is training in this folder" in error
     assert contents(folder.path) == before
 

@@ -337,3 +337,7 @@ def test_a_tied_folder_may_hold_a_copy_of_its_head(folders: dict[str, Path], tmp
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
     _, params = load_model(tmp_path, jnp.float32)
     assert "head" not in params
+    tensors["lm_head.weight"] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"ties the head to the embedding, but lm_head\.weight differs"):
+        load_model(tmp_path, jnp.float32)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.config import ConfigError
@@ -179,6 +180,14 @@ def test_weights_are_fp32_and_in_training_mode(folders: dict[str, Path], tmp_pat
         ({"model_type": "gpt2"}, r"model_type 'gpt2' is not supported\. Supported: llama, qwen2, qwen3"),
         ({"attention_dropout": 0.1}, r"attention_dropout = 0\.1 in config\.json.*Set it to 0"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised weights cannot be trained"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            r"rope_type = 'dynamic' in config\.json; allowed are default, linear, llama3, yarn",
+        ),
+        (
+            {"model_type": "qwen2", "layer_types": ["full_attention"] * 2 + ["sliding_attention"]},
+            r"names sliding_attention, but no sliding_window is in force",
+        ),
     ],
 )
 def test_models_that_cannot_be_trained_are_refused(
@@ -189,6 +198,27 @@ def test_models_that_cannot_be_trained_are_refused(
     with pytest.raises(ConfigError, match=words) as error:
         load_model(tmp_path, CPU)
     assert str(tmp_path) in str(error.value)
+
+
+def test_weights_that_are_not_in_the_file_are_not_made_up(folders: dict[str, Path], tmp_path: Path) -> None:
+    tensors = load_file(folders["llama"] / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors["model.layers.0.mlp.wide.weight"] = torch.ones(2)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text((folders["llama"] / "config.json").read_text())
+    words = r"1 missing: model\.layers\.1\.mlp\.up_proj\.weight; 1 unexpected: model\.layers\.0\.mlp\.wide\.weight"
+    with pytest.raises(ConfigError, match=words):
+        load_model(tmp_path, CPU)
+
+
+def test_a_tied_head_that_differs_from_the_embedding_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    source = folders["qwen2-tied-sliding"]
+    tensors = load_file(source / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"] + 1
+    save_file({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    with pytest.raises(ConfigError, match=r"ties the head to the embedding, but lm_head\.weight differs"):
+        load_model(tmp_path, CPU)
 
 
 class CountedOperations(TorchDispatchMode):
