@@ -100,9 +100,6 @@ def open_run(loaded: LoadedConfig) -> RunDir:
     except OSError as error:
         problem = f"cannot be used as a folder ({error.strerror}). Give run.dir another path."
         raise ConfigError(sentence("run.dir", path, origin, problem)) from None
-    if not run_dir.claim():
-        problem = "another process is training in this folder. Wait for it or stop it, or give run.dir another path."
-        raise ConfigError(sentence("run.dir", path, origin, problem))
     if run_dir.config.exists() and run_dir.saved_steps():
         changes = forbidden_changes(load_config([run_dir.config]).config, loaded.config)
         if changes:
@@ -110,6 +107,10 @@ def open_run(loaded: LoadedConfig) -> RunDir:
             raise ConfigError(
                 f"{sentence('run.dir', path, origin, problem)}\nGive run.dir another folder, or set these keys back."
             )
+    # Last, so that no refusal above leaves the folder claimed.
+    if not run_dir.claim():
+        problem = "another process is training in this folder. Wait for it or stop it, or give run.dir another path."
+        raise ConfigError(sentence("run.dir", path, origin, problem))
     run_dir.write_config(explain(loaded))
     return run_dir
 

@@ -30,7 +30,8 @@ _KEPT_BY_DOTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.
 def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
     """The model of a Hugging Face folder in fp32, in training mode, on a device.
 
-    Raises ConfigError for a family that is not supported, quantised weights or active dropout.
+    Raises ConfigError for a family or rotary type that is not supported, layers that slide without a window, quantised
+    weights, active dropout, and tensors that do not fit config.json.
     """
     config = AutoConfig.from_pretrained(folder)
     _check(config, folder)

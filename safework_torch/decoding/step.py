@@ -6,7 +6,6 @@ here query, key and value are one product, gate and up are another, and weights 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,6 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from safework_torch.decoding.cache import KeyValueCache
-from safework_torch.model import head
 
 
 class _Projection:
@@ -27,9 +25,11 @@ class _Projection:
     product is a third faster than on the plain matrix.
     """
 
-    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype) -> None:
-        weight = (weights[0] if len(weights) == 1 else torch.cat(list(weights))).detach().to(dtype)
-        self.bias = torch.cat(list(biases)).detach().to(dtype) if biases else None
+    def __init__(self, *layers: nn.Linear, dtype: torch.dtype) -> None:
+        biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+        weight = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
+        weight = weight.detach().to(dtype)
+        self.bias = torch.cat(biases).detach().to(dtype) if biases else None
         self.dtype = dtype
         self.packed = weight.device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self.packed else weight
@@ -42,11 +42,6 @@ class _Projection:
         return F.linear(x, self.weight, self.bias)
 
 
-def _projection(*layers: nn.Linear, dtype: torch.dtype) -> _Projection:
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    return _Projection([layer.weight for layer in layers], biases, dtype)
-
-
 class _Layer:
     """A decoder layer of the families in `safework_torch/model.py`, its weights in the dtype of the products."""
 
@@ -54,10 +49,10 @@ class _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         self.attention_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         self.query_key_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
-        self.query_key_value = _projection(attention.q_proj, attention.k_proj, attention.v_proj, dtype=dtype)
-        self.output = _projection(attention.o_proj, dtype=dtype)
-        self.gate_up = _projection(mlp.gate_proj, mlp.up_proj, dtype=dtype)
-        self.down = _projection(mlp.down_proj, dtype=dtype)
+        self.query_key_value = _Projection(attention.q_proj, attention.k_proj, attention.v_proj, dtype=dtype)
+        self.output = _Projection(attention.o_proj, dtype=dtype)
+        self.gate_up = _Projection(mlp.gate_proj, mlp.up_proj, dtype=dtype)
+        self.down = _Projection(mlp.down_proj, dtype=dtype)
         self.activation = mlp.act_fn
         self.head_dim = attention.head_dim
         self.num_key_heads = attention.k_proj.out_features // self.head_dim
@@ -92,7 +87,7 @@ class DecodeStep:
         self.dtype = dtype
         self._model: Any = model.model
         self._layers = [_Layer(layer, dtype) for layer in self._model.layers]
-        self._head = _Projection([head(model)], [], dtype)
+        self._head = _Projection(model.lm_head, dtype=dtype)
 
     def __call__(
         self, tokens: Tensor, positions: Tensor, visible: Tensor | dict[str, Tensor], cache: KeyValueCache
