@@ -12,7 +12,7 @@ quickstart: .venv-$(BACKEND)/ready
 
 # All tests, style, types and import contracts.
 test: lint
-	OMP_NUM_THREADS=2 .venv-dev/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 .venv-dev/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: .venv-dev/ready
 	.venv-dev/bin/ruff check .

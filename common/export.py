@@ -10,7 +10,7 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 
-from common.run_dir import NotSaved
+from common.run_dir import NotSaved, refused_write
 from common.state_files import read_parameters, save_tensors
 
 # What travels with the weights, beside config.json.
@@ -48,10 +48,8 @@ def export_model(checkpoint: Path, source: Path, folder: Path, dtype: Literal["f
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise NotSaved(
-            f"{folder}: could not be written ({error.strerror or error}). "
-            "Make room on the disk and run safework export again."
-        ) from error
+        reason, remedy = refused_write(error)
+        raise NotSaved(f"{folder}: could not be written ({reason}). {remedy} and run safework export again.") from error
 
 
 def _may_be_replaced(folder: Path, source: Path) -> bool:

@@ -12,6 +12,7 @@ how long the record files were, so that a resumed run cuts off what a killed one
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -35,6 +36,12 @@ class NotSaved(RuntimeError):
     """A file of the run folder is not what it should be, mostly because the disk refused a write; the message says
     which one, what is safe, and what to do.
     """
+
+
+def refused_write(error: OSError) -> tuple[str, str]:
+    """Why a write failed, and the beginning of what to do about it."""
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return error.strerror or str(error), "Make room on the disk" if is_full else "Mend that"
 
 
 @dataclass(frozen=True)
@@ -169,10 +176,8 @@ class RunDir:
     def _not_saved(self, path: Path, error: OSError) -> NotSaved:
         steps = self.saved_steps()
         safe = f"the checkpoint of step {steps[-1]} is complete" if steps else "no checkpoint was complete yet"
-        return NotSaved(
-            f"{path}: could not be written ({error.strerror or error}); {safe}. "
-            "Make room on the disk and start the same command again."
-        )
+        reason, remedy = refused_write(error)
+        return NotSaved(f"{path}: could not be written ({reason}); {safe}. {remedy} and start the same command again.")
 
 
 def _flush_to_disk(folder: Path) -> None:

@@ -14,6 +14,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from common.config import ConfigError
+from common.data.model_config import read_model_config
 from safework_jax.models.decoder.config import DecoderConfig
 from safework_jax.models.decoder.names import is_stacked, tensor_names
 from safework_jax.models.decoder.text import Params, init_params
@@ -33,7 +34,7 @@ def load_model(
     place: (path such as `layers.mlp.up.weight`, host array) -> the array where it shall live. One parameter, stacked
     over layers, is on the host at a time.
     """
-    config = DecoderConfig.from_hf(_read_json(folder, "config.json"))
+    config = DecoderConfig.from_hf(read_model_config(folder))
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))
     leaves: dict[str, Any] = flatten_dict(shapes, sep=".")
     with ExitStack() as files:
@@ -47,14 +48,6 @@ def load_model(
                 part[...] = tensors[name].get_tensor(name)
             params[path] = place(path, array)
     return config, unflatten_dict(params, sep=".")
-
-
-def _read_json(folder: Path, name: str) -> Any:
-    file = folder / name
-    if not file.is_file():
-        problem = "has no " + name if folder.is_dir() else "does not exist"
-        raise ConfigError(f"model folder {folder} {problem}; it must be a Hugging Face model folder.")
-    return json.loads(file.read_text())
 
 
 def _open_tensors(folder: Path, files: ExitStack) -> dict[str, Any]:

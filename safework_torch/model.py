@@ -12,17 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from common.config import ConfigError
+from common.data.model_config import read_model_config
 
-# Families whose attention, rotary embedding and head were checked against Hugging Face on packed rows.
-# True: the family may mix full and sliding-window layers, and takes one mask for each kind.
-FAMILIES = {"llama": False, "qwen2": True, "qwen3": True}
-
-# Rotary embeddings whose angles depend on a token's position alone, not on what else is in the row.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# Families that may mix full and sliding-window layers, and take one mask for each kind.
+_MIXING_FAMILIES = ("qwen2", "qwen3")
 
 _KEPT_BY_DOTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 
@@ -30,14 +27,12 @@ _KEPT_BY_DOTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.
 def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
     """The model of a Hugging Face folder in fp32, in training mode, on a device.
 
-    Raises ConfigError for a family or rotary type that is not supported, layers that slide without a window, quantised
-    weights, active dropout, and tensors that do not fit config.json.
+    Raises ConfigError for a config.json that the engines do not compute, and for tensors that do not fit it.
     """
-    config = AutoConfig.from_pretrained(folder)
-    _check(config, folder)
+    read_model_config(folder)
     transformers_logging.disable_progress_bar()
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+        folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
     )
     model, report = loaded
     _check_weights(model, report, folder)
@@ -46,32 +41,6 @@ def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
     assert isinstance(embedding, nn.Embedding)
     embedding.padding_idx = None
     return model.train().to(device)  # pyright: ignore[reportArgumentType]  (transformers wraps Module.to)
-
-
-def _check(config: PreTrainedConfig, folder: Path) -> None:
-    if config.model_type not in FAMILIES:
-        raise ConfigError(
-            f"model folder {folder}: model_type {config.model_type!r} is not supported. "
-            f"Supported: {', '.join(FAMILIES)}."
-        )
-    settings = config.to_dict()
-    if "quantization_config" in settings:
-        raise ConfigError(f"model folder {folder}: quantised weights cannot be trained. Use the original checkpoint.")
-    rope_type = (settings.get("rope_parameters") or {}).get("rope_type", "default")
-    if rope_type not in ROPE_TYPES:
-        raise ConfigError(
-            f"model folder {folder}: rope_type = {rope_type!r} in config.json; allowed are {', '.join(ROPE_TYPES)}."
-        )
-    if "sliding_attention" in settings.get("layer_types", ()) and settings.get("sliding_window") is None:
-        raise ConfigError(
-            f"model folder {folder}: layer_types in config.json names sliding_attention, but no sliding_window is in "
-            "force. Set use_sliding_window and sliding_window, or name full_attention."
-        )
-    if settings["attention_dropout"] != 0:
-        raise ConfigError(
-            f"model folder {folder}: attention_dropout = {settings['attention_dropout']} in config.json; sampling and "
-            "training would see different models. Set it to 0."
-        )
 
 
 def _check_weights(model: PreTrainedModel, report: dict[str, Any], folder: Path) -> None:
@@ -125,7 +94,7 @@ def packed_masks(
 
 def by_layer_kind(config: PreTrainedConfig, full: Tensor, distance: Tensor) -> Tensor | dict[str, Tensor]:
     """The mask in the form the family takes. distance: int, query position minus key position, as `full` broadcasts."""
-    if not FAMILIES[config.model_type]:
+    if config.model_type not in _MIXING_FAMILIES:
         return full
     masks = {"full_attention": full}
     if "sliding_attention" in config.layer_types:

@@ -132,3 +132,10 @@ def test_what_is_no_earlier_export_is_not_replaced(source: Path, tmp_path: Path,
     with pytest.raises(NotSaved, match="exists and is no earlier export, so it stays as it is"):
         export_model(saved, source, folder, "float32")
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_another_refusal_of_the_disk_is_not_called_a_full_one(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    words = r"out: could not be written \(Not a directory\)\. Mend that and run safework export again\."
+    with pytest.raises(NotSaved, match=words):
+        export_model(trained(tmp_path / "saved", source)[0], source, tmp_path / "file" / "out", "float32")

@@ -93,6 +93,13 @@ def test_check_finds_a_config_mistake_too(begun: Path) -> None:
     assert "Did you mean 'group_size'?" in said(safework("check", begun, "rollout.group_sise=8"))
 
 
+def test_check_finds_a_model_that_the_engines_do_not_compute(begun: Path, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "qwen2", attention_dropout=0.1)
+    error = said(safework("check", begun, f"model.path={model}"))
+    assert f"model.path = '{model}' (command line): its config.json says attention_dropout = 0.1" in error
+    assert "Set it to 0" in error
+
+
 def test_a_folder_that_another_process_trains_in(begun: Path) -> None:
     folder = RunDir(begun.parent / "run")
     assert folder.claim()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from safework_jax.checkpoint import save_state
 from safework_jax.model import load_model
 from safework_jax.models.decoder import text
 from safework_jax.models.decoder.cache import decode, expand_cache, prefill, unstack_layers
-from safework_jax.models.decoder.config import NO_WINDOW, DecoderConfig
+from safework_jax.models.decoder.config import DecoderConfig
 from safework_jax.models.decoder.text import head_weight, hidden_states, init_params
 from safework_jax.optimizer import init_moments
 
@@ -257,55 +258,12 @@ def test_shards_load_like_one_file_and_go_where_they_are_placed(folders: dict[st
     assert "layers.attention.query.weight" in placed and "embed.weight" in placed
 
 
-OLD_LLAMA = {"model_type": "llama", **SIZES, "rms_norm_eps": 1e-6}
-
-
-def test_old_and_new_config_forms_say_the_same() -> None:
-    old_scaling = {key: value for key, value in LLAMA3.items() if key not in ("rope_type", "rope_theta")}
-    old = {**OLD_LLAMA, "rope_theta": 5e5, "rope_scaling": {"type": "llama3", **old_scaling}}
-    new = {**OLD_LLAMA, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}}
-    assert DecoderConfig.from_hf(old) == DecoderConfig.from_hf(new)
-    plain = DecoderConfig.from_hf({**OLD_LLAMA, "rope_theta": 5e5, "rope_scaling": None})
-    assert plain == DecoderConfig.from_hf({**OLD_LLAMA, "rope_parameters": {"rope_theta": 5e5}})
-    assert plain.head_dim == 8 and hash(plain) is not None
-
-
-def test_windows_follow_layer_types_or_max_window_layers() -> None:
-    qwen = {**OLD_LLAMA, "model_type": "qwen2"}
-    assert DecoderConfig.from_hf({**qwen, **SLIDING}).windows == (NO_WINDOW, 5, 5)
-    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
-    assert DecoderConfig.from_hf({**qwen, **SLIDING, "layer_types": kinds}).windows == (5, NO_WINDOW, 5)
-    assert DecoderConfig.from_hf({**qwen, **SLIDING, "use_sliding_window": False}).windows == (NO_WINDOW,) * 3
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"model_type": "gpt2"}, "model_type = 'gpt2'.*llama, qwen2, qwen3"),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'.*'silu'"),
-        ({"attention_dropout": 0.1}, "attention_dropout = 0.1.*only 0"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}.*unquantised"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type = 'dynamic'.*yarn"),
-        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.*lacks factor"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one table per layer type"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads = 3.*num_attention_heads = 4"),
-        ({"head_dim": 7}, "head_dim = 7.*even"),
-        ({"hidden_size": None}, "hidden_size = None"),
-        ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 3}, "layer_types.*full_attention"),
-    ],
-)
-def test_unsupported_configs_are_refused(change: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        DecoderConfig.from_hf({**OLD_LLAMA, **change})
-
-
 def test_folders_that_do_not_fit_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere does not exist"):
-        load_model(tmp_path / "nowhere", jnp.float32)
-    with pytest.raises(ValueError, match=r"has no config\.json"):
+    settings = json.loads((folders["llama"] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "model_type": "gpt2"}))
+    with pytest.raises(ValueError, match=r"model_type = 'gpt2'"):
         load_model(tmp_path, jnp.float32)
-    (tmp_path / "config.json").write_text((folders["llama"] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=r"lacks model\.safetensors"):
         load_model(tmp_path, jnp.float32)
 

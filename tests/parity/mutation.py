@@ -90,9 +90,9 @@ class Bench:
         """What the engine without bugs measured."""
         return self.folder / f"control-{engine}"
 
-    def verdict(self, number: int, mutant: Mutant) -> Verdict:
+    def verdict(self, mutant: Mutant) -> Verdict:
         """Plant the bug and ask its test or its rung."""
-        tree = copy_tree(self.folder / f"mutant-{number}", mutant)
+        tree = copy_tree(self.folder / "mutant", mutant)
         verdict = self._verdict_of_tests if mutant.engine is None else self._verdict_of_ladder
         try:
             return verdict(tree, mutant)

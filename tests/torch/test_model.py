@@ -174,30 +174,11 @@ def test_weights_are_fp32_and_in_training_mode(folders: dict[str, Path], tmp_pat
     assert model.training
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"model_type": "gpt2"}, r"model_type 'gpt2' is not supported\. Supported: llama, qwen2, qwen3"),
-        ({"attention_dropout": 0.1}, r"attention_dropout = 0\.1 in config\.json.*Set it to 0"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised weights cannot be trained"),
-        (
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            r"rope_type = 'dynamic' in config\.json; allowed are default, linear, llama3, yarn",
-        ),
-        (
-            {"model_type": "qwen2", "layer_types": ["full_attention"] * 2 + ["sliding_attention"]},
-            r"names sliding_attention, but no sliding_window is in force",
-        ),
-    ],
-)
-def test_models_that_cannot_be_trained_are_refused(
-    change: dict[str, Any], words: str, folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_model_that_the_engines_do_not_compute_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     settings = json.loads((folders["llama"] / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**settings, **change}))
-    with pytest.raises(ConfigError, match=words) as error:
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "attention_dropout": 0.1}))
+    with pytest.raises(ConfigError, match=r"attention_dropout = 0\.1"):
         load_model(tmp_path, CPU)
-    assert str(tmp_path) in str(error.value)
 
 
 def test_weights_that_are_not_in_the_file_are_not_made_up(folders: dict[str, Path], tmp_path: Path) -> None:

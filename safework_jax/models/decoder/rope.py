@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.config import ConfigError
-
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+from common.data.model_config import head_dim, rope_table
 
 
 class Rope(NamedTuple):
@@ -20,25 +18,11 @@ class Rope(NamedTuple):
     scale: float
 
 
-def rope_from_hf(hf: Mapping[str, Any], head_dim: int) -> Rope:
-    """Read `rope_parameters`, or the older `rope_theta` and `rope_scaling`. Computed in float32, as the models were."""
-    field = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
-    rope = {"original_max_position_embeddings": hf.get("max_position_embeddings"), **(hf.get(field) or {})}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    nested = [name for name, value in rope.items() if isinstance(value, Mapping)]
-    if nested:
-        raise ConfigError(f"{field} (config.json) has one table per layer type ({', '.join(nested)}); one is allowed.")
-    if rope_type not in ROPE_TYPES:
-        raise ConfigError(f"{field}.rope_type = {rope_type!r} (config.json): allowed are {', '.join(ROPE_TYPES)}.")
-    rotated_part = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
-    if rotated_part not in (None, 1):
-        raise ConfigError(f"partial_rotary_factor = {rotated_part!r} (config.json): only 1, all of a head, is allowed.")
-    missing = [name for name in _required(rope_type) if rope.get(name) is None]
-    if missing:
-        raise ConfigError(f"{field} (config.json) lacks {', '.join(missing)}, which rope_type {rope_type!r} needs.")
-
-    theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10_000)
-    frequencies = 1 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+def rope_from_hf(hf: Mapping[str, Any]) -> Rope:
+    """The rotary embedding of an accepted `config.json`. Computed in float32, as the models were."""
+    rope, width = rope_table(hf), head_dim(hf)
+    rope_type, theta = rope["rope_type"], rope["rope_theta"]
+    frequencies = 1 / theta ** (np.arange(0, width, 2, dtype=np.float32) / width)
     scale = 1.0
     if rope_type == "linear":
         frequencies = frequencies / rope["factor"]
@@ -47,16 +31,6 @@ def rope_from_hf(hf: Mapping[str, Any], head_dim: int) -> Rope:
     elif rope_type == "yarn":
         frequencies, scale = _yarn(frequencies, rope, theta)
     return Rope(tuple(frequencies.astype(np.float32).tolist()), scale)
-
-
-def _required(rope_type: str) -> tuple[str, ...]:
-    scaled = ("factor", "original_max_position_embeddings")
-    return {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": (*scaled, "low_freq_factor", "high_freq_factor"),
-        "yarn": scaled,
-    }[rope_type]
 
 
 def _llama3(frequencies: np.ndarray, rope: Mapping[str, Any]) -> np.ndarray:
