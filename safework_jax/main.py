@@ -22,6 +22,8 @@ def open_trainer(loaded: LoadedConfig, policy: Path, reference: Path | None) -> 
         # XLA sizes its CPU thread pool by the processors it may run on, when its first device is opened.
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: loaded.config.backend.threads])
     arrays.register(arrays.Engine(jax.Array, jnp, jax.lax.stop_gradient, jax.ops.segment_sum))
+    # backend.dtype is what products are computed in; left alone, fp32 would mean TF32 on a GPU and bf16 on a TPU.
+    jax.config.update("jax_default_matmul_precision", "highest")
     assert isinstance(loaded.engine, JaxSection)
     return JaxTrainer(loaded.config, loaded.engine, policy, reference)
 

@@ -123,6 +123,6 @@ def _varied(gradients: Mapping[str, np.ndarray], step: int) -> dict[str, np.ndar
     """The shared gradients, each element scaled anew at each step: moments and bias correction have work to do."""
     rng = np.random.default_rng(step)
     return {
-        name: gradients[name] * rng.uniform(0.5, 1.5, gradients[name].shape).astype(np.float32)
+        name: gradients[name] * (rng.random(gradients[name].shape, dtype=np.float32) + np.float32(0.5))
         for name in sorted(gradients)
     }

@@ -137,8 +137,8 @@ _JAX = [
     Mutant(
         "jax turns by another rotary base",
         "safework_jax/models/decoder/rope.py",
-        "theta = float(",
-        "theta = 2.0 * float(",
+        'rope["rope_type"], rope["rope_theta"]',
+        'rope["rope_type"], 2.0 * rope["rope_theta"]',
         "logprob difference",
     ),
     Mutant(

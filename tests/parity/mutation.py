@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -32,8 +33,6 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "HF_HUB_OFFLINE": "1",
     "JAX_PLATFORMS": "cpu",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "OMP_NUM_THREADS": "1",
     "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
@@ -92,12 +91,9 @@ class Bench:
 
     def verdict(self, mutant: Mutant) -> Verdict:
         """Plant the bug and ask its test or its rung."""
-        tree = copy_tree(self.folder / "mutant", mutant)
         verdict = self._verdict_of_tests if mutant.engine is None else self._verdict_of_ladder
-        try:
-            return verdict(tree, mutant)
-        finally:
-            shutil.rmtree(tree)
+        with TemporaryDirectory(dir=self.folder) as name:
+            return verdict(copy_tree(Path(name) / "tree", mutant), mutant)
 
     def _verdict_of_ladder(self, tree: Path, mutant: Mutant) -> Verdict:
         engine, measured = mutant.engine, tree / "measured"
@@ -130,11 +126,10 @@ class Bench:
         return compare(config, self.recording, folders["torch"], folders["jax"])
 
     def _run(self, tree: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
-        cache = {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "xla-cache"), "PYTHONPATH": str(tree)}
         done = subprocess.run(
             [sys.executable, "-m", "tests.parity.inside_copy", *map(str, words)],
             cwd=tree,
-            env={**os.environ, **ENVIRONMENT, **cache},
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(tree)},
             capture_output=True,
             text=True,
             timeout=DEADLINE,
