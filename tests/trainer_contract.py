@@ -1,5 +1,5 @@
 """What every trainer owes, as checks of open trainers: splits that change nothing, true metrics, a guard before the
-optimizer, states that go on exactly, and a reference that stays.
+optimizer, states that go on exactly, a reference that stays, and bfloat16 that stays in the products.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ from common.data.batching import TrainSequence
 from common.parity.measure import ParityTrainer
 from common.trainer import NonFiniteUpdate
 from common.types import TrainBatch
-from tests.training import packed, random_sequences, response_places, saved_state
+from tests.training import (
+    answered,
+    packed,
+    random_prompts,
+    random_sequences,
+    response_places,
+    sampling_rule,
+    saved_state,
+)
 
 # (rows of a micro-batch, changes of the packing): one micro-batch and several; packed, one sequence a row, and shared.
 SPLITS: tuple[tuple[int, dict[str, bool]], ...] = (
@@ -78,6 +86,29 @@ def assert_close_gradients(ours: dict[str, np.ndarray], theirs: dict[str, np.nda
         norm = np.linalg.norm(gradient)
         assert norm > 0, name
         assert np.linalg.norm(ours[name] - gradient) <= limit * norm, name
+
+
+def check_bfloat16(half: ParityTrainer, exact: ParityTrainer) -> None:
+    """Products in bfloat16 move logprobs and gradients a little; what sums over micro-batches stays fp32, and the
+    sampler's logprobs are nearer to the trainer's own than either is to fp32.
+    """
+    batch = packed(SEQUENCES, 32, 2)
+    _, gradients = half.named_gradients(batch, LossConfig())
+    assert_close_gradients(gradients, exact.named_gradients(batch, LossConfig())[1], limit=0.1)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == np.float32
+        # A sum that had been kept in bfloat16 would end in 16 zero bits.
+        assert (np.ascontiguousarray(gradient).view(np.uint32) & 0xFFFF != 0).mean() > 0.1, name
+
+    prompts = random_prompts((5, 11, 3), 4)
+    sequences = answered(prompts, half.sample(prompts, sampling_rule()))
+    batch = packed(sequences, 128, 2)
+    sampled = np.concatenate([sequence.sampling_logprobs for sequence in sequences])
+    own, fp32 = (
+        np.concatenate(by_sequence(trainer.logprobs(batch, "policy"), batch, sequences)) for trainer in (half, exact)
+    )
+    gap, rounding = np.sqrt(np.mean((sampled - own) ** 2)), np.sqrt(np.mean((own - fp32) ** 2))
+    assert gap < rounding < 0.05
 
 
 def check_metrics(trainer: ParityTrainer, model: Path, loss: LossConfig) -> None:

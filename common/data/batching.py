@@ -129,8 +129,9 @@ def _assign_rows(sequences: Sequence[TrainSequence], section: BatchSection) -> l
             rows.append(_Row([], set(), section.row_tokens))
             fitting = rows[-1:]
         # min takes the first of equals: the earliest row.
-        min(fitting, key=lambda row: row.cost(sequence, share)).add(index, sequence, share)
-        assert min(row.room for row in rows) >= 0, "the config check bounds prompt and response"
+        row = min(fitting, key=lambda row: row.cost(sequence, share))
+        row.add(index, sequence, share)
+        assert row.room >= 0, "the config check bounds prompt and response"
     return [row.members for row in rows]
 
 

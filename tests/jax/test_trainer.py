@@ -46,3 +46,8 @@ def test_restored_goes_on_bit_for_bit(tmp_path: Path) -> None:
 def test_reference_stays_what_it_was(tmp_path: Path) -> None:
     model, reference = make_model(tmp_path / "model"), make_model(tmp_path / "reference", seed=1)
     contract.check_reference(make_trainer(model, reference, loss=KL_LOSS), make_trainer(reference))
+
+
+def test_bfloat16_stays_in_the_products(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "qwen3", head_dim=16)
+    contract.check_bfloat16(make_trainer(model, backend={"dtype": "bfloat16"}), make_trainer(model))
