@@ -15,9 +15,8 @@ from rich.console import Console
 
 from common.config import ConfigError, LoadedConfig, load_config
 from common.config.explain import explain
-from common.data.chat import Chat
 from common.engine_main import USER_ERRORS, split_arguments
-from common.experiment import load_data, policy_folder, reference_folder
+from common.experiment import load_data, open_chat, policy_folder, reference_folder
 from common.export import DTYPES, export_model
 from common.parity.ladder import certificate, compare, table
 from common.run_dir import RunDir
@@ -86,15 +85,16 @@ def _check(arguments: argparse.Namespace) -> int:
 def _counts(loaded: LoadedConfig) -> str:
     """Load data, tokenizer and recipe as a run would, and say what is there."""
     reference_folder(loaded)
-    data = load_data(loaded, Chat(policy_folder(loaded), loaded.config.model.system))
+    data = load_data(loaded, open_chat(loaded))
     labels = ", ".join(data.recipe.terms)
     return f"{data.train.epoch_size} prompts an epoch, {len(data.heldout)} held out, labels: {labels}; ready to train"
 
 
 def _export(arguments: argparse.Namespace) -> int:
     config_file = arguments.run_dir / "config.yaml"
-    if not config_file.exists():
-        raise ConfigError(f"{arguments.run_dir}: is not a run folder (no config.yaml). Give the run.dir of a run.")
+    for part in (config_file, arguments.run_dir / "checkpoints"):
+        if not part.exists():
+            raise ConfigError(f"{arguments.run_dir}: is not a run folder (no {part.name}). Give the run.dir of a run.")
     run_dir = RunDir(arguments.run_dir)
     steps = run_dir.saved_steps()
     step = arguments.step if arguments.step is not None else (steps[-1] if steps else None)
@@ -109,6 +109,8 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _parity(arguments: argparse.Namespace) -> int:
     config = load_config(*split_arguments(arguments.config)).config
+    if not arguments.out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {arguments.out}: no such folder. Make it, or give another path.")
     console = Console()
     with tempfile.TemporaryDirectory(prefix="safework-parity-") as name:
         folder = Path(name)

@@ -7,6 +7,7 @@ measure RECORDING GRADIENTS FOLDER CONFIG...    parity: run this engine's side o
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -14,9 +15,8 @@ from contextlib import closing
 from pathlib import Path
 
 from common.config import ConfigError, LoadedConfig, load_config
-from common.data.chat import Chat
-from common.experiment import load_data, open_run, policy_folder, reference_folder
-from common.export import export_model
+from common.experiment import load_data, open_chat, open_run, policy_folder, reference_folder
+from common.export import export_model, exported_checkpoint
 from common.interrupt import Interrupt
 from common.loop import Loop
 from common.parity.measure import ParityTrainer, measure
@@ -36,7 +36,7 @@ INTERRUPTED = 130
 
 def split_arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Config files and key=value overrides, in any order."""
-    files = [word for word in words if "=" not in word or Path(word).is_file()]
+    files = [word for word in words if "=" not in word or os.path.isfile(word)]
     return files, [word for word in words if word not in files]
 
 
@@ -70,12 +70,13 @@ def _load(words: Sequence[str]) -> LoadedConfig:
 def _train(open_trainer: OpenTrainer, loaded: LoadedConfig, command: str) -> int:
     config = loaded.config
     policy, reference = policy_folder(loaded), reference_folder(loaded)
-    chat = Chat(policy, config.model.system)
+    chat = open_chat(loaded)
     data = load_data(loaded, chat)
     with closing(open_run(loaded)) as run_dir:
         start = run_dir.state()
         if start.step >= config.run.steps:
-            if not _is_exported(run_dir, start.step):
+            # It may have been killed after its last checkpoint and before the export of it.
+            if exported_checkpoint(run_dir.path / "export") != run_dir.checkpoint(start.step).name:
                 _export(run_dir, start.step, policy)
             print(f"{run_dir.path}: already trained for {start.step} steps; raise run.steps to go on. Nothing to do.")
             return 0
@@ -100,16 +101,9 @@ def _export(run_dir: RunDir, step: int, policy: Path) -> None:
     export_model(run_dir.checkpoint(step), policy, run_dir.path / "export", "float32")
 
 
-def _is_exported(run_dir: RunDir, step: int) -> bool:
-    """False where a run was killed after its last checkpoint and before the export of it."""
-    exported = run_dir.path / "export" / "config.json"
-    return exported.exists() and exported.stat().st_mtime >= run_dir.checkpoint(step).stat().st_mtime
-
-
 def _record(open_trainer: OpenTrainer, loaded: LoadedConfig, folder: Path, steps: int) -> int:
     config = loaded.config
-    policy = policy_folder(loaded)
-    chat = Chat(policy, config.model.system)
+    policy, chat = policy_folder(loaded), open_chat(loaded)
     data = load_data(loaded, chat)
     sampler = RolloutSampler(open_trainer(loaded, policy, None), chat, config.rollout, config.run.seed)
     try:

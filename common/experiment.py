@@ -13,6 +13,7 @@ from common.config.run import DataSource
 from common.config.sentences import sentence
 from common.data.chat import Chat
 from common.data.dataset import LoadedSource, Mixture, load_source
+from common.data.model_config import read_model_config
 from common.data.model_folder import model_folder
 from common.rewards.recipe import Recipe
 from common.run_dir import RunDir
@@ -87,37 +88,65 @@ def open_run(loaded: LoadedConfig) -> RunDir:
     Raises ConfigError when the folder cannot be made, another process trains in it, or it holds a run whose config
     differs in what must not change.
     """
-    path, origin = loaded.config.run.dir, loaded.origin("run.dir")
+    path = loaded.config.run.dir
     folder = Path(path).expanduser()
     if (folder / "config.yaml").exists() and not (folder / "checkpoints").is_dir():
-        problem = (
-            "holds a config.yaml but no checkpoints folder: it is no run, or has lost its checkpoints. "
-            "Give run.dir a folder of its own."
-        )
-        raise ConfigError(sentence("run.dir", path, origin, problem))
+        problem = "holds a config.yaml but no checkpoints folder: it is no run, or has lost its checkpoints."
+        raise _run_refusal(loaded, f"{problem} Give run.dir a folder of its own.")
     try:
         run_dir = RunDir(path)
+        changes = _forbidden_changes(run_dir, loaded)
+        # Behind this refusal, which would leave the folder claimed.
+        claimed = not changes and run_dir.claim()
     except OSError as error:
         problem = f"cannot be used as a folder ({error.strerror}). Give run.dir another path."
-        raise ConfigError(sentence("run.dir", path, origin, problem)) from None
-    if run_dir.config.exists() and run_dir.saved_steps():
-        changes = forbidden_changes(load_config([run_dir.config]).config, loaded.config)
-        if changes:
-            problem = "holds a run of another config:\n  " + "\n  ".join(changes)
-            raise ConfigError(
-                f"{sentence('run.dir', path, origin, problem)}\nGive run.dir another folder, or set these keys back."
-            )
-    # Last, so that no refusal above leaves the folder claimed.
-    if not run_dir.claim():
-        problem = "another process is training in this folder. Wait for it or stop it, or give run.dir another path."
-        raise ConfigError(sentence("run.dir", path, origin, problem))
+        raise _run_refusal(loaded, problem) from None
+    if changes:
+        problem = "\n  ".join(["holds a run of another config:", *changes])
+        raise _run_refusal(loaded, f"{problem}\nGive run.dir another folder, or set these keys back.")
+    if not claimed:
+        problem = "another process is training in this folder."
+        raise _run_refusal(loaded, f"{problem} Wait for it or stop it, or give run.dir another path.")
     run_dir.write_config(explain(loaded))
     return run_dir
+
+
+def _run_refusal(loaded: LoadedConfig, problem: str) -> ConfigError:
+    return ConfigError(sentence("run.dir", loaded.config.run.dir, loaded.origin("run.dir"), problem))
+
+
+def _forbidden_changes(run_dir: RunDir, loaded: LoadedConfig) -> list[str]:
+    """What a run that has been trained in this folder must not change and does."""
+    if not (run_dir.config.exists() and run_dir.saved_steps()):
+        return []
+    return forbidden_changes(load_config([run_dir.config]).config, loaded.config)
 
 
 def policy_folder(loaded: LoadedConfig) -> Path:
     """The local folder of the policy's starting point."""
     return _folder(loaded, "model.path", loaded.config.model.path)
+
+
+def open_chat(loaded: LoadedConfig) -> Chat:
+    """The policy's tokenizer and chat template.
+
+    Raises ConfigError when the tokenizer has ids for which the model has no embedding.
+    """
+    model = loaded.config.model
+    return _open_chat(loaded, "model.path", model.path, model.system)
+
+
+def _open_chat(loaded: LoadedConfig, key: str, path: str, system: str | None = None) -> Chat:
+    folder = _folder(loaded, key, path)
+    chat, size = Chat(folder, system), read_model_config(folder)["vocab_size"]
+    largest = max(chat.vocabulary.values())
+    if largest >= size:
+        problem = (
+            f"its tokenizer has ids up to {largest}, but its config.json says vocab_size = {size}. "
+            "Use the tokenizer that the model was trained with, or resize its embedding."
+        )
+        raise ConfigError(sentence(key, path, loaded.origin(key), problem))
+    return chat
 
 
 def reference_folder(loaded: LoadedConfig) -> Path | None:
@@ -131,7 +160,8 @@ def reference_folder(loaded: LoadedConfig) -> Path | None:
     if model.reference_path is None:
         return policy_folder(loaded)
     reference = _folder(loaded, "model.reference_path", model.reference_path)
-    ours, theirs = Chat(policy_folder(loaded)).vocabulary, Chat(reference).vocabulary
+    ours = open_chat(loaded).vocabulary
+    theirs = _open_chat(loaded, "model.reference_path", model.reference_path).vocabulary
     if ours != theirs:
         problem = (
             f"its vocabulary ({len(theirs)} tokens) is not that of model.path = {model.path!r} ({len(ours)} tokens), "

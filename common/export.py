@@ -24,6 +24,8 @@ COMPANIONS = (
     "merges.txt",
     "*processor_config.json",
 )
+# In each export: which checkpoint it is of. A folder without it is somebody's own and never replaced.
+MARKER = "safework_export.json"
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -34,13 +36,15 @@ def export_model(checkpoint: Path, source: Path, folder: Path, dtype: Literal["f
     was.
     """
     parameters = read_parameters(checkpoint)
-    if not _may_be_replaced(folder, source):
+    folder = folder.expanduser().resolve()
+    if not _may_be_replaced(folder):
         raise NotSaved(f"{folder}: exists and is no earlier export, so it stays as it is. Name another folder.")
     partial, old = (folder.with_name(folder.name + ending) for ending in (".partial", ".old"))
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write_folder(parameters, source, partial, dtype)
+        (partial / MARKER).write_text(json.dumps({"checkpoint": checkpoint.name, "dtype": dtype}) + "\n")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
@@ -52,12 +56,17 @@ def export_model(checkpoint: Path, source: Path, folder: Path, dtype: Literal["f
         raise NotSaved(f"{folder}: could not be written ({reason}). {remedy} and run safework export again.") from error
 
 
-def _may_be_replaced(folder: Path, source: Path) -> bool:
-    """Whether nothing would be lost: there is no such folder, or an empty one, or a model that is not the source."""
-    if not folder.exists():
+def _may_be_replaced(folder: Path) -> bool:
+    """Whether nothing would be lost: there is no such folder, or an empty one, or an earlier export."""
+    if not folder.exists() or (folder / MARKER).is_file():
         return True
-    is_model = (folder / "config.json").is_file() and folder.resolve() != source.resolve()
-    return is_model or (folder.is_dir() and not any(folder.iterdir()))
+    return folder.is_dir() and not any(folder.iterdir())
+
+
+def exported_checkpoint(folder: Path) -> str | None:
+    """The name of the checkpoint that an export is of; None when there is no complete export."""
+    marker = folder / MARKER
+    return json.loads(marker.read_text())["checkpoint"] if marker.is_file() else None
 
 
 def _write_folder(parameters: dict[str, np.ndarray], source: Path, folder: Path, dtype: str) -> None:

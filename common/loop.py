@@ -16,7 +16,7 @@ from common.experiment import Data
 from common.interrupt import Interrupt
 from common.metrics import Timer, rollout_metrics, rollout_records, update_metrics
 from common.reporting import Reporter
-from common.rewards.scorer import ScoredGroup, Scorer, score_arrays
+from common.rewards.scorer import Scored, ScoredGroup, Scorer, score_arrays
 from common.rollout.sampler import Draw, RolloutSampler, Stream
 from common.run_dir import LoopState, RunDir
 from common.trainer import NonFiniteUpdate, PolicyTrainer
@@ -113,9 +113,7 @@ class Loop:
     def _collect(self, state: LoopState, timer: Timer) -> Collected:
         """Groups until enough of them teach or the refills are used up. The first draw is always whole."""
         config = self._config
-        groups: list[ScoredGroup] = []
-        kept: list[bool] = []
-        missing: dict[str, int] = {}
+        scored, kept = Scored((), {}), np.zeros(0, bool)
         cursor, wanted = state.cursor, config.rollout.prompts_per_step
         for _ in range(1 + config.advantage.max_refills):
             draws = [Draw(index, self._data.train[index]) for index in range(cursor, cursor + wanted)]
@@ -123,16 +121,13 @@ class Loop:
             with timer("rollout"):
                 rolled = self._roll_out(draws, "train", state, config.rollout.group_size)
             with timer("score"):
-                scored = self._scorer.score(rolled)
-            groups += scored.groups
-            missing = {name: missing.get(name, 0) + count for name, count in scored.missing.items()}
-            if scored.groups:
-                totals, scores, present, _ = score_arrays(scored.groups, self._data.recipe)
-                kept += informative(config.advantage, totals, scores, present).tolist()
-            wanted = config.rollout.prompts_per_step - sum(kept)
+                scored = self._scorer.score(rolled, scored)
+            totals, scores, present, _ = score_arrays(scored.groups, self._data.recipe)
+            kept = informative(config.advantage, totals, scores, present)
+            wanted = config.rollout.prompts_per_step - int(kept.sum())
             if wanted == 0:
                 break
-        return Collected(tuple(groups), np.array(kept, bool), missing, cursor)
+        return Collected(scored.groups, kept, scored.missing, cursor)
 
     def _roll_out(
         self, draws: Sequence[Draw], stream: Stream, state: LoopState, num_samples: int

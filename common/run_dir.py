@@ -20,6 +20,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ class RunDir:
 
     def rewind_records(self, state: LoopState) -> None:
         """Cut the record files back to where the state left them and remove half-written checkpoints; where no
-        checkpoint was complete, records get the ending `.old` instead.
+        checkpoint was complete, records get the ending `.old` instead, or `.old2` and so on.
 
         Raises NotSaved when one is shorter than that: somebody has changed it.
         """
@@ -112,7 +113,7 @@ class RunDir:
         for path, length in lengths.items():
             if path.exists() and state.step == 0:
                 # Somebody may have removed the checkpoints of a long run; its records must outlive that.
-                path.replace(path.with_name(path.name + ".old"))
+                path.rename(_free_name(path.with_name(path.name + ".old")))
             elif path.exists():
                 os.truncate(path, length)
         for folder in self.checkpoints.glob("*.partial"):
@@ -178,6 +179,12 @@ class RunDir:
         safe = f"the checkpoint of step {steps[-1]} is complete" if steps else "no checkpoint was complete yet"
         reason, remedy = refused_write(error)
         return NotSaved(f"{path}: could not be written ({reason}); {safe}. {remedy} and start the same command again.")
+
+
+def _free_name(path: Path) -> Path:
+    """The path, or with the first number behind it that nothing has yet."""
+    names = (path.with_name(f"{path.name}{number}") for number in count(2))
+    return path if not path.exists() else next(name for name in names if not name.exists())
 
 
 def _flush_to_disk(folder: Path) -> None:

@@ -51,8 +51,9 @@ class Rollout:
     token_ids: int32 [T], the response including a sampled stop token.
     sampled: bool [T], False where the environment, not the policy, wrote the token.
     logprobs: float32 [T], log-probability of each token at the sampling temperature, 0 where not sampled.
-    text: the decoded response without its stop token; `reasoning_text` and `answer_text` are its parts
-    (`reasoning_text` is None when the response has no closed think block; the answer is then the whole text).
+    text: the decoded response without its stop token; `reasoning_text` and `answer_text` are its parts. Without a
+    closed think block `reasoning_text` is None, and the answer is the whole text, or empty where a block was opened, by
+    the response or by the prompt, and never closed.
     reasoning, answer: the same parts as token offsets.
     policy_version: number of policy updates behind the weights that sampled it.
     """

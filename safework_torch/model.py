@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from common.config import ConfigError
 from common.data.model_config import read_model_config
+from common.data.model_weights import check_weights
 
 # Families that may mix full and sliding-window layers, and take one mask for each kind.
 _MIXING_FAMILIES = ("qwen2", "qwen3")
@@ -29,31 +28,17 @@ def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
 
     Raises ConfigError for a config.json that the engines do not compute, and for tensors that do not fit it.
     """
-    read_model_config(folder)
+    check_weights(folder, read_model_config(folder))
     transformers_logging.disable_progress_bar()
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+    # Checked first, because transformers makes up what a file lacks, with a log line.
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa"
     )
-    model, report = loaded
-    _check_weights(model, report, folder)
     # torch gives the padding token's embedding no gradient; here padding is no token, and often the end token is.
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
     embedding.padding_idx = None
     return model.train().to(device)  # pyright: ignore[reportArgumentType]  (transformers wraps Module.to)
-
-
-def _check_weights(model: PreTrainedModel, report: dict[str, Any], folder: Path) -> None:
-    # transformers makes up what a file lacks, and unties a head that differs from the embedding, with a log line.
-    wrong = {kind: sorted(report[f"{kind}_keys"]) for kind in ("missing", "unexpected") if report[f"{kind}_keys"]}
-    if wrong:
-        found = "; ".join(f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in wrong.items())
-        raise ConfigError(f"model folder {folder}: its tensors do not fit its config.json: {found}.")
-    if model.config.tie_word_embeddings and model.lm_head.weight is not model.get_input_embeddings().weight:
-        raise ConfigError(
-            f"model folder {folder}: config.json ties the head to the embedding, but lm_head.weight differs from it. "
-            "Set tie_word_embeddings to false, or remove lm_head.weight."
-        )
 
 
 def recompute(model: PreTrainedModel, mode: str) -> None:

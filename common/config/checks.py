@@ -66,6 +66,10 @@ def _loss_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "loss.importance.low", f"must be below loss.importance.high = {loss.importance.high}."
     if loss.type in ("ppo_clip", "cpg", "cpgd", "gspo") and loss.clip_low >= 1:
         yield "loss.clip_low", f"{loss.type} clips the ratio to 1 - clip_low, which must stay above 0. Choose below 1."
+    if loss.type == "gspo" and loss.aggregation != "sequence_mean":
+        yield "loss.aggregation", "gspo weighs whole responses. Set it to sequence_mean, or leave it out."
+    if loss.type == "cross_entropy" and loss.kl_type == "k1_reward" and loss.kl_coef > 0:
+        yield "loss.kl_type", "k1_reward acts on advantages, which cross_entropy does not read. Set it to k3_loss."
     if config.rollout.temperature == 0:
         yield "rollout.temperature", "training needs responses that differ. Choose a temperature above 0."
 

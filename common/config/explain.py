@@ -14,7 +14,7 @@ from common.config.load import LoadedConfig
 from common.config.run import RunConfig
 
 # What a resumed run may change: none of it alters what an earlier step computed.
-MAY_CHANGE = ("run.dir", "run.steps", "checkpoint.", "evaluation.", "metrics.")
+MAY_CHANGE = ("run.dir", "run.steps", "checkpoint.", "evaluation.", "metrics.", "rewards.max_missing")
 
 
 def explain(loaded: LoadedConfig) -> str:

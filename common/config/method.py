@@ -6,7 +6,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from common.config.section import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from common.config.section import (
+    BelowOne,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 
 # Each loss was published with its own clip; a config that names none gets these (low, high).
 CLIP_DEFAULTS = {
@@ -54,11 +62,15 @@ class ImportanceConfig(Section):
 
 
 class LossConfig(Section):
-    """The policy loss, its KL penalty against the reference model, and how token losses are summed."""
+    """The policy loss, its KL penalty against the reference model, and how token losses are summed.
+
+    clip_low and clip_high default to what each loss was published with, and gspo to `sequence_mean`, the only
+    aggregation it is defined for. cross_entropy imitates every response of an informative group, whatever its reward.
+    """
 
     type: Literal["ppo_clip", "cpg", "cpgd", "gspo", "cispo", "cross_entropy"] = "ppo_clip"
-    clip_low: NonNegativeFloat = CLIP_DEFAULTS["ppo_clip"][0]
-    clip_high: NonNegativeFloat = CLIP_DEFAULTS["ppo_clip"][1]
+    clip_low: PositiveFloat = CLIP_DEFAULTS["ppo_clip"][0]
+    clip_high: PositiveFloat = CLIP_DEFAULTS["ppo_clip"][1]
     drift_coef: NonNegativeFloat = 0.001
     drift_cap: PositiveFloat = 2.0
     aggregation: Literal["token_mean", "sequence_mean", "fixed_length"] = "token_mean"
@@ -77,11 +89,12 @@ class LossConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_clip(cls, data: Any) -> Any:
+    def _fill_by_type(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         low, high = CLIP_DEFAULTS.get(str(data.get("type")), CLIP_DEFAULTS["ppo_clip"])
-        return {"clip_low": low, "clip_high": high, **data}
+        own = {"aggregation": "sequence_mean"} if data.get("type") == "gspo" else {}
+        return {"clip_low": low, "clip_high": high, **own, **data}
 
 
 class OptimizerConfig(Section):
@@ -90,8 +103,8 @@ class OptimizerConfig(Section):
     """
 
     learning_rate: PositiveFloat = 1e-6
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
+    beta1: BelowOne = 0.9
+    beta2: BelowOne = 0.95
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.01
     clip_norm: PositiveFloat = 1.0

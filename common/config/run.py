@@ -96,6 +96,7 @@ class RewardsSection(Section):
     """Verifiers by name, and the recipe: label -> verifier -> weight. A total is the weighted sum of its label's terms.
 
     max_missing: scores that may be missing in one step before the run stops; a group with a missing score is dropped.
+    A run that has stopped may be resumed with a larger one.
     """
 
     verifiers: dict[str, VerifierSection]

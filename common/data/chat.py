@@ -81,7 +81,11 @@ class Chat:
 
         ids = {self._tokenizer.eos_token_id}
         if (folder / "generation_config.json").exists():
-            listed = GenerationConfig.from_pretrained(folder).eos_token_id
+            try:
+                listed = GenerationConfig.from_pretrained(folder).eos_token_id
+            except (OSError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+                raise ConfigError(f"model folder {folder}: no usable generation_config.json ({reason})") from None
             ids |= set(listed) if isinstance(listed, list) else {listed}
         return tuple(sorted(token for token in ids if token is not None))
 
@@ -163,7 +167,7 @@ class Chat:
         text = self.decode(body)
         start, end = self._reasoning_bounds(text, opened)
         reasoning = None if end is None else self._span(body, text, start, end)
-        after = 0 if end is None else end + len(THINK_CLOSE)
+        after = start if end is None else end + len(THINK_CLOSE)
         return Rollout(
             token_ids=token_ids,
             sampled=np.ones(len(token_ids), bool),
@@ -179,7 +183,9 @@ class Chat:
 
     @staticmethod
     def _reasoning_bounds(text: str, opened: bool) -> tuple[int, int | None]:
-        """Character range of the think block's content; the end is None when there is no closed block."""
+        """Character range of the think block's content. Without a closed block the end is None, and the start is where
+        an answer begins: at once where no block was opened, nowhere where one was never closed.
+        """
         start = 0
         if not opened:
             stripped = text.lstrip()
@@ -187,7 +193,7 @@ class Chat:
                 return 0, None
             start = len(text) - len(stripped) + len(THINK_OPEN)
         end = text.find(THINK_CLOSE, start)
-        return start, None if end < 0 else end
+        return (len(text), None) if end < 0 else (start, end)
 
     def _span(self, token_ids: np.ndarray, text: str, start: int, end: int) -> Span:
         """Token offsets of the smallest run of tokens that holds characters start to end of their text."""

@@ -23,7 +23,10 @@ ROPE_TYPES = {
     "llama3": (*_SCALED, "low_freq_factor", "high_freq_factor"),
     "yarn": _SCALED,
 }
+# Sizes that must be given. transformers has numbers of its own for what Qwen leaves out.
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_FAMILY_SIZES = {"llama": (), "qwen2": ("num_key_value_heads",), "qwen3": ("num_key_value_heads", "head_dim")}
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
@@ -36,6 +39,8 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         hf = json.loads((folder / "config.json").read_text())
     except ValueError as error:
         raise ConfigError(f"its config.json is not JSON ({error}). Download the model again.") from None
+    if not isinstance(hf, dict):
+        raise ConfigError("its config.json holds no table. Download the model again.")
     _check_family(hf)
     _check_sizes(hf)
     _check_rope(hf)
@@ -62,7 +67,8 @@ def _check_family(hf: Mapping[str, Any]) -> None:
 
 
 def _check_sizes(hf: Mapping[str, Any]) -> None:
-    for field in _SIZES:
+    given = [field for field in _OPTIONAL_SIZES if hf.get(field) is not None]
+    for field in (*_SIZES, *_FAMILY_SIZES[hf["model_type"]], *given):
         if not isinstance(hf.get(field), int) or hf[field] < 1:
             raise _refusal(field, hf.get(field), "it must be a whole number of at least 1. Correct it")
     if hf["num_attention_heads"] % num_kv_heads(hf):
@@ -88,6 +94,8 @@ def rope_table(hf: Mapping[str, Any]) -> dict[str, Any]:
         "original_max_position_embeddings": hf.get("max_position_embeddings"),
         **(hf.get("rope_scaling") or hf.get("rope_parameters") or {}),
     }
+    if hf.get("original_max_position_embeddings"):
+        table["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
     table["rope_type"] = table.get("rope_type", table.get("type", "default"))
     table["rope_theta"] = float(table.get("rope_theta") or hf.get("rope_theta") or 10_000)
     return table

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from common.config.section import ConfigError
 from common.data.model_config import read_model_config
+from common.data.model_weights import check_weights
 
 EMBEDDED = "embedded:"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -16,7 +17,7 @@ def model_folder(path: str) -> Path:
     """The local folder of a model. Fetches the embedded model or a hub snapshot when it is not there yet.
 
     Raises ConfigError, without the setting's name, when there is no such folder, or its config.json is missing or asks
-    for a model that the engines do not compute.
+    for a model that the engines do not compute, or its weights do not fit it.
     """
     if path.startswith(EMBEDDED):
         return _embedded(path.removeprefix(EMBEDDED))
@@ -26,7 +27,7 @@ def model_folder(path: str) -> Path:
     if not (folder / "config.json").is_file():
         state = "holds no config.json" if folder.is_dir() else "no such folder"
         raise ConfigError(f"{state}. Give a Hugging Face model folder, a hub name (owner/model), or {EMBEDDED}smollm2.")
-    read_model_config(folder)
+    check_weights(folder, read_model_config(folder))
     return folder
 
 

@@ -49,6 +49,12 @@ def _json(line: bytes) -> dict[str, Any]:
         record = json.loads(line)
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError alike
         raise BadRecord(f"not valid JSON ({error}). Write one JSON object a line, in UTF-8.") from None
+    try:
+        json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:  # UnicodeEncodeError too
+        raise BadRecord(
+            f"holds a number or a character that no UTF-8 JSON file can carry ({error}). Mend it."
+        ) from None
     if not isinstance(record, dict):
         raise BadRecord(f"is a JSON {type(record).__name__}, not an object. Write one JSON object a line.")
     return record

@@ -30,6 +30,7 @@ GRADIENT_L2 = 1e-3
 SAME_GRADIENTS = 1e-4
 LIVE_GRADIENTS = 0.1
 CURVE = 1e-3
+CURVE_SHARE = 0.1  # of how far the updates moved the curve: engines that stand still agree too
 PACKAGES = ("numpy", "torch", "jax", "flax", "optax", "transformers", "safework")
 
 
@@ -163,12 +164,16 @@ def _relative_l2(left: np.ndarray, right: np.ndarray) -> float:
 def _curves(first: Path, second: Path) -> Iterator[Rung]:
     left, right = (json.loads((folder / "curve.json").read_text()) for folder in (first, second))
     for key in ("loss", "mean_logprob"):
-        gaps = [abs(a[key] - b[key]) for a, b in zip(left, right, strict=True)]
+        start, ours, theirs = (
+            np.array([point[key] for point in points])
+            for points in (left["start"], left["replayed"], right["replayed"])
+        )
+        gaps, moved = np.abs(ours - theirs), float(np.abs(ours - start).max())
         yield Rung(
-            f"{key.replace('_', ' ')} over {len(gaps)} replayed steps",
+            f"{key.replace('_', ' ')} over {len(gaps) - 1} replayed steps",
             float(np.max(gaps)),
-            CURVE,
-            f"step {np.argmax(gaps)}",
+            min(CURVE, CURVE_SHARE * moved),
+            f"step {np.argmax(gaps)}, moved by {moved:.3g}",
         )
 
 

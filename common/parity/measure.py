@@ -74,7 +74,7 @@ def measure(config: RunConfig, trainer: ParityTrainer, recording: Path, gradient
         losses[name], slopes[name] = trainer.loss_gradient(batch, loss, logprobs)
     save_file(slopes, folder / "loss-gradients.safetensors")
     (folder / "losses.json").write_text(json.dumps(losses, indent=1))
-    _steps(trainer, recorded, gradients, folder)
+    _steps(trainer, recorded, config.loss, gradients, folder)
 
 
 def _sampling(trainer: PolicyTrainer, batch: TrainBatch, folder: Path) -> None:
@@ -94,7 +94,7 @@ def _recorded_prompts(batch: TrainBatch) -> Iterator[np.ndarray]:
             yield batch.token_ids[row, (segments == segment) & in_prompt[row]]
 
 
-def _steps(trainer: ParityTrainer, recorded: list[TrainBatch], gradients: Path, folder: Path) -> None:
+def _steps(trainer: ParityTrainer, recorded: list[TrainBatch], loss: LossConfig, gradients: Path, folder: Path) -> None:
     """The rungs that move the weights, each from the same start."""
     start = _folder(folder / "start")
     trainer.save(start)
@@ -106,12 +106,26 @@ def _steps(trainer: ParityTrainer, recorded: list[TrainBatch], gradients: Path, 
     trainer.update(recorded[0], LEARNING_RATE)
     trainer.save(_folder(folder / "live-gradients"))
     trainer.restore(start)
-    curve = []
-    for batch in recorded:
+    (folder / "curve.json").write_text(json.dumps(_curve(trainer, recorded, loss), indent=1))
+
+
+def _curve(trainer: ParityTrainer, recorded: list[TrainBatch], loss: LossConfig) -> dict[str, list[dict[str, float]]]:
+    """Loss and mean logprob of each batch before its update, and of the first once more after the last; `start`: the
+    same by the weights of the start, which tells how far the updates moved them. Off-policy, because an on-policy loss
+    is the same number for any weights.
+    """
+    visited = [off_policy(batch) for batch in [*recorded, recorded[0]]]
+
+    def point(batch: TrainBatch) -> dict[str, float]:
         logprobs = trainer.logprobs(batch, "policy")
         mean = float(logprobs[batch.sampled].mean())
-        curve.append({"mean_logprob": mean, "loss": trainer.update(batch, LEARNING_RATE)["loss/policy"]})
-    (folder / "curve.json").write_text(json.dumps(curve, indent=1))
+        return {"mean_logprob": mean, "loss": trainer.loss_gradient(batch, loss, logprobs)[0]}
+
+    start, replayed = [point(batch) for batch in visited], []
+    for batch in visited[:-1]:
+        replayed.append(point(batch))
+        trainer.update(batch, LEARNING_RATE)
+    return {"start": start, "replayed": [*replayed, point(visited[-1])]}
 
 
 def _folder(path: Path) -> Path:

@@ -1,7 +1,7 @@
 """Rollout groups -> rewards. Each response goes to the verifiers of its label and to no other.
 
 A missing score is counted and named; it never becomes a number. Its whole group is dropped, and more than
-`rewards.max_missing` of them in one call stop the run.
+`rewards.max_missing` of them in one step stop the run.
 """
 
 from __future__ import annotations
@@ -43,8 +43,11 @@ class Scorer:
         self.recipe = recipe
         self._max_missing = max_missing
 
-    def score(self, groups: Sequence[RolloutGroup]) -> Scored:
-        """Rewards of all groups. Raises ScoreMissing past the limit."""
+    def score(self, groups: Sequence[RolloutGroup], already: Scored = Scored((), {})) -> Scored:
+        """Rewards of all groups, behind those that the step has already.
+
+        Raises ScoreMissing when more scores of the step are missing than allowed, or no group of it is complete.
+        """
         samples = [Sample(group.prompt, rollout) for group in groups for rollout in group.rollouts]
         results: list[dict[str, Score | Missing]] = [{} for _ in samples]
         for name, verifier in self.recipe.verifiers.items():
@@ -52,10 +55,14 @@ class Scorer:
             scores = verifier.score([samples[index] for index in chosen])
             for index, score in zip(chosen, scores, strict=True):
                 results[index][name] = score
-        num_missing = sum(isinstance(score, Missing) for result in results for score in result.values())
-        if num_missing > self._max_missing:
-            raise ScoreMissing(f"{_missing(results)}. Limit is {self._max_missing} (rewards.max_missing).")
-        scored = self._collect(groups, results)
+        new = self._collect(groups, results)
+        missing = {name: already.missing.get(name, 0) + lost for name, lost in new.missing.items()}
+        scored = Scored(already.groups + new.groups, missing)
+        if sum(missing.values()) > self._max_missing:
+            raise ScoreMissing(
+                f"{_missing(results)}. Limit is {self._max_missing} a step (rewards.max_missing). "
+                "Raise it to go on without the groups concerned."
+            )
         if groups and not scored.groups:
             raise ScoreMissing(f"{_missing(results)}. Every group lost one, so nothing is left to train on.")
         return scored

@@ -162,6 +162,7 @@ def test_each_loss_brings_its_own_clip_unless_one_is_given(run_file: Path) -> No
         assert (loss.clip_low, loss.clip_high) == clip
     loss = load_config([run_file], ["loss.type=gspo", "loss.clip_high=0.5"]).config.loss
     assert (loss.clip_low, loss.clip_high) == (CLIP_DEFAULTS["gspo"][0], 0.5)
+    assert loss.aggregation == "sequence_mean"
 
 
 def test_a_config_cannot_be_changed(run_file: Path) -> None:
@@ -279,6 +280,7 @@ def test_any_text_survives_explain(tmp_path_factory: pytest.TempPathFactory, tex
 def test_what_a_resumed_run_may_change(run_file: Path) -> None:
     before = load_config([run_file]).config
     allowed = ["run.dir=other", "run.steps=99", "checkpoint.keep=5", "evaluation.samples=1", "metrics.sample_every=7"]
+    allowed.append("rewards.max_missing=3")
     assert forbidden_changes(before, load_config([run_file], allowed).config) == []
     words = ["run.seed=1", "data.train=[{path: c.jsonl}]", "rewards.recipe.more={answer: 0.5}"]
     changes = forbidden_changes(before, load_config([run_file], words).config)

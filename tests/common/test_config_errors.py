@@ -67,6 +67,9 @@ VALUES = [
     Case("{advantage: {eps: 0}}", "advantage.eps", "0", "must be greater than 0.0. Raise it"),
     Case("{optimizer: {learning_rate: true}}", "optimizer.learning_rate", "true", "must be a number. Write it"),
     Case("{optimizer: {learning_rate: .inf}}", "optimizer.learning_rate", "inf", "must be a finite number. Choose"),
+    Case("{optimizer: {beta1: 1}}", "optimizer.beta1", "1", "must be less than 1.0. Lower it"),
+    Case("{optimizer: {beta2: 1.0}}", "optimizer.beta2", "1.0", "must be less than 1.0. Lower it"),
+    Case("{loss: {clip_high: 0}}", "loss.clip_high", "0", "must be greater than 0.0. Raise it"),
     Case("{batch: {packed: 1}}", "batch.packed", "1", "must be true or false. Write one of the two"),
     Case("{backend: {name: tf}}", "backend.name", "'tf'", "must be 'torch' or 'jax'. Choose one"),
     Case("{loss: {type: [ppo_clip]}}", "loss.type", "['ppo_clip']", "'gspo', 'cispo' or 'cross_entropy'. Choose"),
@@ -115,6 +118,19 @@ def test_wrong_value(case: Case, tmp_path: Path) -> None:
     assert text.endswith(".")
     from_word = message(tmp_path, "run: {}", word(case.line))
     assert from_word == text.replace(f"({layer}:2)", "(command line)")
+
+
+@pytest.mark.parametrize(
+    ("line", "start", "end"),
+    [
+        ("{type: gspo, aggregation: token_mean}", "loss.aggregation = 'token_mean'", "Set it to sequence_mean, or"),
+        ("{type: cross_entropy, kl_coef: 1, kl_type: k1_reward}", "loss.kl_type = 'k1_reward'", "Set it to k3_loss."),
+    ],
+)
+def test_losses_refuse_what_they_would_ignore(line: str, start: str, end: str, tmp_path: Path) -> None:
+    text = message(tmp_path, f"loss: {line}")
+    assert text.startswith(f"{start} ({tmp_path / 'layer.yaml'}:1): ")
+    assert end in text
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from common.data.chat import Chat
-from common.export import export_model
+from common.export import MARKER, export_model, exported_checkpoint
 from common.run_dir import NotSaved
 from common.state_files import TrainingState, write_state
 from common.types import Message
@@ -78,8 +78,8 @@ def test_config_keeps_everything_but_the_dtype(key: str, dtype: Literal["float32
 def test_what_travels_along(source: Path, tmp_path: Path) -> None:
     export_model(trained(tmp_path / "saved", source)[0], source, tmp_path / "out", "float32")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {path.name for path in source.iterdir()} - {"README.md"}
-    for name in names - {"model.safetensors", "config.json"}:
+    assert names == {path.name for path in source.iterdir()} - {"README.md"} | {MARKER}
+    for name in names - {"model.safetensors", "config.json", MARKER}:
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
@@ -124,9 +124,10 @@ def test_a_lost_checkpoint_is_not_blamed_on_the_disk(source: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["saved", ".", "source"])
+@pytest.mark.parametrize("name", ["saved", ".", "source", "model"])
 def test_what_is_no_earlier_export_is_not_replaced(source: Path, tmp_path: Path, name: str) -> None:
     saved, _ = trained(tmp_path / "saved", source)
+    make_model(tmp_path / "model")
     folder = source if name == "source" else tmp_path / name
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     with pytest.raises(NotSaved, match="exists and is no earlier export, so it stays as it is"):
@@ -139,3 +140,18 @@ def test_another_refusal_of_the_disk_is_not_called_a_full_one(source: Path, tmp_
     words = r"out: could not be written \(Not a directory\)\. Mend that and run safework export again\."
     with pytest.raises(NotSaved, match=words):
         export_model(trained(tmp_path / "saved", source)[0], source, tmp_path / "file" / "out", "float32")
+
+
+def test_an_export_knows_its_checkpoint(source: Path, tmp_path: Path) -> None:
+    assert exported_checkpoint(tmp_path / "out") is None
+    export_model(trained(tmp_path / "step-000007", source)[0], source, tmp_path / "out", "float32")
+    assert exported_checkpoint(tmp_path / "out") == "step-000007"
+
+
+def test_an_empty_folder_of_any_name_takes_an_export(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    export_model(trained(tmp_path / "saved", source)[0], source, Path("."), "float32")
+    assert exported_checkpoint(tmp_path / "empty") == "saved"

@@ -207,6 +207,12 @@ def test_records_outlive_removed_checkpoints(tmp_path: Path) -> None:
     (folder / "checkpoints").mkdir()
     assert len(train(run_file).metrics) == 4
     assert (folder / "rollouts.jsonl.old").read_bytes() == old
+    again = (folder / "rollouts.jsonl").read_bytes()
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "checkpoints").mkdir()
+    train(run_file)
+    assert (folder / "rollouts.jsonl.old").read_bytes() == old
+    assert (folder / "rollouts.jsonl.old2").read_bytes() == again
 
 
 def test_a_folder_with_a_config_of_something_else_is_not_a_run(

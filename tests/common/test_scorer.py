@@ -165,7 +165,8 @@ def test_over_the_limit_names_verifier_count_reason_and_limit(tmp_path: Path) ->
     other = group("text", "fine", reference=CONSTRAINTS, draw=2)
     groups = group("math", "answer", "answer", "answer"), group("math", "fine", draw=1), other
     assert message(made, 2, *groups) == (
-        'verifier "answer": 3 of 4 scores missing, the first because answer is down. Limit is 2 (rewards.max_missing).'
+        'verifier "answer": 3 of 4 scores missing, the first because answer is down. Limit is 2 a step '
+        "(rewards.max_missing). Raise it to go on without the groups concerned."
     )
 
 
@@ -174,7 +175,7 @@ def test_the_verifier_that_lost_most_is_blamed(tmp_path: Path) -> None:
     groups = group("math", "answer", "fine"), group("text", "words", "words", draw=1)
     assert message(made, 0, *groups) == (
         'verifier "words": 2 of 2 scores missing (3 with other verifiers), the first because words is down. '
-        "Limit is 0 (rewards.max_missing)."
+        "Limit is 0 a step (rewards.max_missing). Raise it to go on without the groups concerned."
     )
 
 
@@ -184,6 +185,19 @@ def test_nothing_left_to_train_on(tmp_path: Path) -> None:
         'verifier "answer": 1 of 2 scores missing, the first because answer is down. '
         "Every group lost one, so nothing is left to train on."
     )
+
+
+def test_refills_count_with_their_step(tmp_path: Path) -> None:
+    made, _ = failing(tmp_path, "answer")
+    scorer, lost = Scorer(made, 2), group("math", "answer", "fine", draw=1)
+    first = scorer.score([group("math", "fine", "fine")])
+    second = scorer.score([lost], first)
+    assert [one.group.draw for one in second.groups] == [0]
+    assert second.missing["answer"] == 1
+    third = scorer.score([lost, group("math", "fine", "fine", draw=2)], second)
+    assert [one.group.draw for one in third.groups] == [0, 2]
+    with pytest.raises(ScoreMissing, match=r"Limit is 2 a step"):
+        scorer.score([lost], third)
 
 
 # Recipes that cannot be built -----------------------------------------------------------------------------------------

@@ -100,6 +100,23 @@ def test_check_finds_a_model_that_the_engines_do_not_compute(begun: Path, tmp_pa
     assert "Set it to 0" in error
 
 
+def test_check_finds_a_tokenizer_that_reaches_past_the_embedding(begun: Path, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", vocab_size=100)
+    error = said(safework("check", begun, f"model.path={model}"))
+    assert f"model.path = '{model}' (command line): its tokenizer has ids up to 258" in error
+    assert "vocab_size = 100. Use the tokenizer" in error
+
+
+def test_a_long_override_is_no_file_name(begun: Path) -> None:
+    words = ("data.max_prompt_tokens=1100", "batch.row_tokens=1200", f"model.system={'Be kind. ' * 100}")
+    assert safework("check", begun, *words).returncode == 0
+
+
+def test_a_certificate_that_cannot_be_written_is_found_before_the_work(begun: Path, tmp_path: Path) -> None:
+    out = tmp_path / "nowhere" / "parity.json"
+    assert f"--out {out}: no such folder. Make it" in said(safework("parity", begun, "--out", out))
+
+
 def test_a_folder_that_another_process_trains_in(begun: Path) -> None:
     folder = RunDir(begun.parent / "run")
     assert folder.claim()

@@ -109,6 +109,10 @@ def test_exporting_what_is_not_there_is_an_error(tmp_path: Path, runs: dict[str,
     nothing = safework("export", tmp_path)
     assert nothing.returncode == 1
     assert f"error: {tmp_path}: is not a run folder (no config.yaml). Give the run.dir of a run." in nothing.stderr
+    (tmp_path / "config.yaml").write_text("of: another program")
+    foreign = safework("export", tmp_path)
+    assert f"error: {tmp_path}: is not a run folder (no checkpoints)." in foreign.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
     rotated = safework("export", runs["torch"], "--step", "1")
     assert rotated.returncode == 1
     assert "no checkpoint of step 1; complete are: [2, 3]." in rotated.stderr

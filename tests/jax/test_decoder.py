@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -260,24 +261,14 @@ def test_shards_load_like_one_file_and_go_where_they_are_placed(folders: dict[st
 
 def test_folders_that_do_not_fit_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     settings = json.loads((folders["llama"] / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**settings, "model_type": "gpt2"}))
-    with pytest.raises(ValueError, match=r"model_type = 'gpt2'"):
-        load_model(tmp_path, jnp.float32)
-    (tmp_path / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=r"lacks model\.safetensors"):
-        load_model(tmp_path, jnp.float32)
-
-    tensors = load_file(folders["llama"] / "model.safetensors")
-    del tensors["model.norm.weight"]
-    tensors["model.layers.0.self_attn.q_norm.weight"] = np.ones(12, np.float32)
-    tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1].copy()
-    save_file(tensors, tmp_path / "model.safetensors")
-    expected = (
-        r"1 missing: model\.norm\.weight; 1 unexpected: model\.layers\.0\.self_attn\.q_norm\.weight; "
-        r"1 of the wrong shape: lm_head\.weight is \[60, 32\] where config\.json asks for \[61, 32\]"
-    )
-    with pytest.raises(ValueError, match=expected):
-        load_model(tmp_path, jnp.float32)
+    shutil.copy(folders["llama"] / "model.safetensors", tmp_path)
+    for change, words in (
+        ({"model_type": "gpt2"}, r"model_type = 'gpt2'"),
+        ({"vocab_size": 62}, r"asks for \[62, 32\]"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**settings, **change}))
+        with pytest.raises(ValueError, match=words):
+            load_model(tmp_path, jnp.float32)
 
 
 def test_too_small_a_cache_is_refused() -> None:
@@ -289,13 +280,6 @@ def test_too_small_a_cache_is_refused() -> None:
 def test_a_tied_folder_may_hold_a_copy_of_its_head(folders: dict[str, Path], tmp_path: Path) -> None:
     source = folders["llama-tied-biased"]
     tensors = load_file(source / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
-    save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text((source / "config.json").read_text())
-    _, params = load_model(tmp_path, jnp.float32)
-    assert "head" not in params
-    tensors["lm_head.weight"] += 1
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"ties the head to the embedding, but lm_head\.weight differs"):
-        load_model(tmp_path, jnp.float32)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}, tmp_path / "model.safetensors")
+    shutil.copy(source / "config.json", tmp_path)
+    assert "head" not in load_model(tmp_path, jnp.float32)[1]

@@ -213,11 +213,17 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], set[str]]] = {
         {"second moment, same gradients"},
     ),
     "the end of a curve": (
-        lambda path: change_json(path / "curve.json", lambda x: x[-1].update(loss=x[-1]["loss"] + 2e-3)),
+        lambda path: change_json(
+            path / "curve.json", lambda x: x["replayed"][-1].update(loss=x["replayed"][-1]["loss"] + 2e-3)
+        ),
         {"loss over 2 replayed steps"},
     ),
+    "an engine that stands still": (
+        lambda path: change_json(path / "curve.json", lambda x: x.update(replayed=x["start"])),
+        {"loss over 2 replayed steps", "mean logprob over 2 replayed steps"},
+    ),
     "a curve that is no number": (
-        lambda path: change_json(path / "curve.json", lambda x: x[-1].update(mean_logprob=np.nan)),
+        lambda path: change_json(path / "curve.json", lambda x: x["replayed"][-1].update(mean_logprob=np.nan)),
         {"mean logprob over 2 replayed steps"},
     ),
 }

@@ -174,32 +174,18 @@ def test_weights_are_fp32_and_in_training_mode(folders: dict[str, Path], tmp_pat
     assert model.training
 
 
-def test_a_model_that_the_engines_do_not_compute_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_folders_that_do_not_fit_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     settings = json.loads((folders["llama"] / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**settings, "attention_dropout": 0.1}))
-    with pytest.raises(ConfigError, match=r"attention_dropout = 0\.1"):
-        load_model(tmp_path, CPU)
-
-
-def test_weights_that_are_not_in_the_file_are_not_made_up(folders: dict[str, Path], tmp_path: Path) -> None:
     tensors = load_file(folders["llama"] / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    tensors["model.layers.0.mlp.wide.weight"] = torch.ones(2)
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    (tmp_path / "config.json").write_text((folders["llama"] / "config.json").read_text())
-    words = r"1 missing: model\.layers\.1\.mlp\.up_proj\.weight; 1 unexpected: model\.layers\.0\.mlp\.wide\.weight"
-    with pytest.raises(ConfigError, match=words):
-        load_model(tmp_path, CPU)
-
-
-def test_a_tied_head_that_differs_from_the_embedding_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    source = folders["qwen2-tied-sliding"]
-    tensors = load_file(source / "model.safetensors")
-    head = tensors["model.embed_tokens.weight"] + 1
-    save_file({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors", {"format": "pt"})
-    (tmp_path / "config.json").write_text((source / "config.json").read_text())
-    with pytest.raises(ConfigError, match=r"ties the head to the embedding, but lm_head\.weight differs"):
-        load_model(tmp_path, CPU)
+    # transformers would make up what is missing.
+    save_file({k: v for k, v in tensors.items() if "layers.1.mlp.up" not in k}, tmp_path / "model.safetensors")
+    for change, words in (
+        ({"attention_dropout": 0.1}, r"attention_dropout = 0\.1"),
+        ({}, r"1 missing: .*up_proj\.weight"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**settings, **change}))
+        with pytest.raises(ConfigError, match=words):
+            load_model(tmp_path, CPU)
 
 
 class CountedOperations(TorchDispatchMode):

@@ -9,7 +9,6 @@ from fractions import Fraction
 from itertools import accumulate
 from typing import Literal, NamedTuple
 
-from common.rewards.rules.format import final_answer
 from common.rewards.rules.math_process import MathProcess
 from common.rewards.verifier import Verifier
 from common.types import Missing, Prompt, Sample, Score
@@ -164,7 +163,7 @@ class AnswerMatch(Verifier):
 
     def _judge(self, sample: Sample, compared: dict[tuple[str, str], bool | Missing]) -> Score | Missing:
         reference = normalise(str(sample.prompt.reference))
-        text = final_answer(sample.rollout)
+        text = sample.rollout.answer_text
         boxed = last_boxed(text)
         answers = [boxed] if boxed is not None else []
         if boxed is None and self.extract == "boxed_or_bare" and r"\boxed" not in text:

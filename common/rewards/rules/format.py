@@ -14,12 +14,6 @@ from common.types import Missing, Rollout, Sample, Score
 THINK, END_THINK = "<think>", "</think>"
 
 
-def final_answer(rollout: Rollout) -> str:
-    """The text after the reasoning; empty when the response opened a think block and never closed it."""
-    unfinished = rollout.reasoning_text is None and rollout.text.lstrip().startswith(THINK)
-    return "" if unfinished else rollout.answer_text
-
-
 def is_blank(text: str) -> bool:
     """True without a letter, digit, punctuation mark or symbol; zero-width characters do not fill a text."""
     return not any(unicodedata.category(character)[0] in "LNPS" for character in text)

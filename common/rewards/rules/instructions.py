@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from common.rewards.rules.constraints import parse_reference
-from common.rewards.rules.format import final_answer, is_blank
+from common.rewards.rules.format import is_blank
 from common.rewards.verifier import Verifier
 from common.types import Missing, Prompt, Sample, Score
 
@@ -35,7 +35,7 @@ class Instructions(Verifier):
         return [self._judge(sample) for sample in samples]
 
     def _judge(self, sample: Sample) -> Score:
-        answer = final_answer(sample.rollout).strip()
+        answer = sample.rollout.answer_text.strip()
         met: list[str] = []
         missed: list[str] = []
         for statement, check in parse_reference(sample.prompt.reference):

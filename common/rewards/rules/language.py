@@ -38,7 +38,8 @@ class LanguageConsistency(Verifier):
 
     def _judge(self, sample: Sample) -> Score:
         asked = measures.language(_question(sample.prompt) or "", self.share)
-        parts = {"reasoning": sample.rollout.reasoning_text or "", "answer": sample.rollout.answer_text}
+        reasoning, answer = sample.rollout.reasoning_text, sample.rollout.answer_text
+        parts = {"response": sample.rollout.text} if reasoning is None else {"reasoning": reasoning, "answer": answer}
         spoken = {part: measures.language(text, self.share) for part, text in parts.items()}
         evidence = f"question {asked or 'without letters'}" + "".join(
             f", {part} {language}" for part, language in spoken.items() if language

@@ -73,7 +73,7 @@ def test_everything_of_a_response(byte_chat: Chat) -> None:
         ("\n <think>a</think>b", False, "a", "b"),
         ("<think></think>b", False, "", "b"),
         ("<think>a</think>", False, "a", ""),
-        ("<think>never closed", False, None, "<think>never closed"),
+        ("<think>never closed", False, None, ""),
         ("closed only</think>b", False, None, "closed only</think>b"),
         ("late <think>a</think>b", False, None, "late <think>a</think>b"),
         ("<think>a</think>b</think>c", False, "a", "b</think>c"),
@@ -81,7 +81,8 @@ def test_everything_of_a_response(byte_chat: Chat) -> None:
         ("a</think>b", True, "a", "b"),
         ("</think>b", True, "", "b"),
         ("<think>a</think>b", True, "<think>a", "b"),
-        ("never closed", True, None, "never closed"),
+        ("never closed", True, None, ""),
+        ("", True, None, ""),
     ],
 )
 def test_reasoning_and_answer(

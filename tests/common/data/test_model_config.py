@@ -62,7 +62,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_key_value_heads": 4}, r"num_key_value_heads = 4; it must divide num_attention_heads = 6"),
     ({"head_dim": 7}, r"head_dim = 7; it must be even"),
     ({"hidden_size": None}, r"hidden_size = None; it must be a whole number of at least 1"),
-    ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 3}, r"layer_types = .*each full_attention \("),
+    ({"hidden_size": "48"}, r"hidden_size = '48'; it must be a whole number of at least 1"),
+    ({"num_key_value_heads": "2"}, r"num_key_value_heads = '2'; it must be a whole number of at least 1"),
+    ({"model_type": "qwen2", "num_key_value_heads": None}, r"num_key_value_heads = None; it must be a whole number"),
+    ({"model_type": "qwen3"}, r"head_dim = None; it must be a whole number"),
+    (
+        {"model_type": "qwen3", "head_dim": 8, "layer_types": ["sliding_attention"] * 3},
+        r"layer_types = .*each full_attention \(",
+    ),
     ({"model_type": "qwen2", "layer_types": ["full_attention"]}, r"layer_types = .*it must name 3 layers"),
 ]
 
@@ -77,6 +84,17 @@ def test_what_the_engines_do_not_compute_is_refused(change: dict[str, Any], word
 def test_an_accepted_config_comes_back_whole(tmp_path: Path) -> None:
     settings = {**LLAMA, "quantization_config": None, "partial_rotary_factor": 1.0}
     assert read_model_config(folder_with(tmp_path, json.dumps(settings))) == settings
+
+
+def test_the_original_length_beside_the_table_comes_before_the_one_in_it() -> None:
+    """As in transformers."""
+    both = {**LLAMA, "rope_parameters": {"rope_type": "llama3", **FACTORS}, "original_max_position_embeddings": 64}
+    assert rope_table(both)["original_max_position_embeddings"] == 64
+
+
+def test_a_config_that_is_no_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"its config\.json holds no table"):
+        model_folder(str(folder_with(tmp_path, "[]")))
 
 
 def test_a_config_that_is_not_json_is_refused(tmp_path: Path) -> None:

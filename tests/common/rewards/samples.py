@@ -15,11 +15,13 @@ def prompt(reference: Any = None, question: str = "What is it?", label: str = "t
     )
 
 
-def rollout(text: str, num_tokens: int | None = None, finish_reason: FinishReason = "stop") -> Rollout:
-    """One token a character, unless `num_tokens` says otherwise."""
+def rollout(
+    text: str, num_tokens: int | None = None, finish_reason: FinishReason = "stop", opened: bool = False
+) -> Rollout:
+    """One token a character, unless `num_tokens` says otherwise. opened: the prompt has opened a think block."""
     head, closed, tail = text.partition("</think>")
     reasoning = head.lstrip().removeprefix("<think>") if closed else None
-    answer = tail if closed else text
+    answer = tail if closed else "" if opened or head.lstrip().startswith("<think>") else text
     length = len(text) if num_tokens is None else num_tokens
     split = min(len(text) - len(answer), length)
     return Rollout(
@@ -42,5 +44,6 @@ def sample(
     question: str = "What is it?",
     num_tokens: int | None = None,
     finish_reason: FinishReason = "stop",
+    opened: bool = False,
 ) -> Sample:
-    return Sample(prompt(reference, question), rollout(text, num_tokens, finish_reason))
+    return Sample(prompt(reference, question), rollout(text, num_tokens, finish_reason, opened))

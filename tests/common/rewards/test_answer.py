@@ -221,3 +221,9 @@ def test_grader_has_a_time_limit() -> None:
     assert isinstance(scores[0], Missing) and scores[0] == scores[2]
     assert "9^{9^{9^{9}}}" in scores[0].reason and '"7"' in scores[0].reason and "1 s" in scores[0].reason
     assert isinstance(scores[1], Score) and scores[1].value == 1
+
+
+@pytest.mark.parametrize(("text", "opened"), [(r"<think>Maybe \boxed{4}, but", False), (r"Maybe \boxed{4}, but", True)])
+def test_reasoning_that_never_ended_holds_no_answer(text: str, opened: bool) -> None:
+    (score,) = AnswerMatch().score([sample(text, "4", finish_reason="length", opened=opened)])
+    assert score == Score(0.0, 'no answer found, reference "4"')

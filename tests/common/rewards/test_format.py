@@ -3,9 +3,9 @@
 import pytest
 
 from common.rewards.rules import TaskFormat, ThinkFormat
-from common.rewards.rules.format import final_answer, is_blank
+from common.rewards.rules.format import is_blank
 from common.types import Score
-from tests.common.rewards.samples import rollout, sample
+from tests.common.rewards.samples import sample
 
 
 def value(rule: ThinkFormat | TaskFormat, text: str) -> float:
@@ -67,12 +67,6 @@ def test_format_looks_at_the_response_alone() -> None:
 def test_a_truncated_response_keeps_its_form_only_if_the_answer_began() -> None:
     cut = [sample(text, finish_reason="length") for text in ("<think>a</think>It is", "<think>a and then")]
     assert [score.value for score in ThinkFormat().score(cut) if isinstance(score, Score)] == [1, 0]
-
-
-def test_final_answer_is_empty_inside_unfinished_reasoning() -> None:
-    assert final_answer(rollout("<think>a")) == ""
-    assert final_answer(rollout("<think>a</think>b")) == "b"
-    assert final_answer(rollout("b")) == "b"
 
 
 def test_one_result_per_sample_in_order() -> None:

@@ -63,7 +63,7 @@ def test_the_last_user_turn_decides() -> None:
     one = sample("机翼产生升力。")
     turns = (Message("user", ENGLISH), Message("assistant", "Lift."), Message("user", CHINESE))
     (score,) = LanguageConsistency().score([one._replace(prompt=replace(one.prompt, messages=turns))])
-    assert score == Score(1.0, "question Chinese, answer Chinese")
+    assert score == Score(1.0, "question Chinese, response Chinese")
 
 
 def test_a_prompt_without_a_user_turn_is_refused_at_load() -> None:

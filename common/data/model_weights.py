@@ -1,0 +1,117 @@
+"""A model folder's safetensors files: opened, and held against what its `config.json` asks for before an engine loads
+them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from common.config.section import ConfigError
+from common.data.model_config import head_dim, num_kv_heads
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+Shape = tuple[int, ...]
+
+
+def open_tensors(folder: Path, files: ExitStack) -> dict[str, Any]:
+    """Every tensor's name and the open file that holds it; `files` closes them.
+
+    Raises ConfigError, without the folder's name, when a file is missing or damaged.
+    """
+    index = folder / "model.safetensors.index.json"
+    shards = ["model.safetensors"]
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    tensors = {}
+    for shard in shards:
+        if not (folder / shard).is_file():
+            raise ConfigError(f"it lacks {shard}, and weights are read from safetensors files only. Add the file.")
+        try:
+            file = files.enter_context(safe_open(folder / shard, "np"))
+        except SafetensorError as error:
+            raise ConfigError(f"its {shard} is damaged ({error}). Download the model again.") from None
+        tensors.update(dict.fromkeys(file.keys(), file))
+    return tensors
+
+
+def check_weights(folder: Path, hf: Mapping[str, Any]) -> None:
+    """Hold the tensors of a folder against its accepted `config.json`, from the files' headers.
+
+    Raises ConfigError, without the folder's name, for tensors that are missing, unknown or of another shape, and for a
+    head that differs from the embedding that it is tied to.
+    """
+    with ExitStack() as files:
+        tensors = open_tensors(folder, files)
+        expected = tensor_shapes(hf)
+        found = {name: tuple(file.get_slice(name).get_shape()) for name, file in tensors.items()}
+        # Older exports hold rotary frequencies, and some tied models a copy of the embedding.
+        copied = {HEAD} & found.keys() if HEAD not in expected else set()
+        spare = copied | {name for name in found if name.endswith(".rotary_emb.inv_freq")}
+        wrong = [
+            f"{name} is {list(found[name])} where config.json asks for {list(shape)}"
+            for name, shape in expected.items()
+            if found.get(name, shape) != shape
+        ]
+        problems = {
+            "missing": expected.keys() - found.keys(),
+            "unexpected": found.keys() - expected.keys() - spare,
+            "of the wrong shape": wrong,
+        }
+        said = [f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names]
+        if said:
+            raise ConfigError(f"its tensors do not fit its config.json: {'; '.join(said)}. Correct one of the two.")
+        if copied and not np.array_equal(*(tensors[name].get_tensor(name) for name in (HEAD, EMBEDDING))):
+            raise ConfigError(
+                f"its config.json ties the head to the embedding, but {HEAD} differs from it. "
+                f"Set tie_word_embeddings to false, or remove {HEAD}."
+            )
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def tensor_shapes(hf: Mapping[str, Any]) -> dict[str, Shape]:
+    """The name and shape of every tensor that an accepted `config.json` asks for."""
+    width, vocabulary = hf["hidden_size"], hf["vocab_size"]
+    shapes: dict[str, Shape] = {EMBEDDING: (vocabulary, width), "model.norm.weight": (width,)}
+    if not hf.get("tie_word_embeddings", False):
+        shapes[HEAD] = (vocabulary, width)
+    layer = _layer_shapes(hf)
+    for index in range(hf["num_hidden_layers"]):
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
+def _layer_shapes(hf: Mapping[str, Any]) -> dict[str, Shape]:
+    family, width, mlp = hf["model_type"], hf["hidden_size"], hf["intermediate_size"]
+    queries, keys = hf["num_attention_heads"] * head_dim(hf), num_kv_heads(hf) * head_dim(hf)
+    projections = {
+        "self_attn.q_proj": (queries, width),
+        "self_attn.k_proj": (keys, width),
+        "self_attn.v_proj": (keys, width),
+        "self_attn.o_proj": (width, queries),
+        "mlp.gate_proj": (mlp, width),
+        "mlp.up_proj": (mlp, width),
+        "mlp.down_proj": (width, mlp),
+    }
+    shapes: dict[str, Shape] = {f"{name}.weight": shape for name, shape in projections.items()}
+    biased = ("mlp.",) if family == "llama" and hf.get("mlp_bias", False) else ()
+    if family == "qwen2":
+        biased += tuple(f"self_attn.{kind}_proj" for kind in "qkv")
+    elif hf.get("attention_bias", False):
+        biased += ("self_attn.",)
+    shapes |= {f"{name}.bias": shape[:1] for name, shape in projections.items() if biased and name.startswith(biased)}
+    shapes |= {"input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,)}
+    if family == "qwen3":
+        shapes |= {f"self_attn.{kind}_norm.weight": (head_dim(hf),) for kind in "qk"}
+    return shapes
