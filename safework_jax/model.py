@@ -11,8 +11,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from common.data.model_config import read_model_config
-from common.data.model_weights import check_weights, open_tensors
+from common.data.model_weights import checked_model, open_tensors
 from safework_jax.models.decoder.config import DecoderConfig
 from safework_jax.models.decoder.names import is_stacked, tensor_names
 from safework_jax.models.decoder.text import Params, init_params
@@ -28,11 +27,10 @@ def load_model(
     """Read a model folder, its weights cast to `dtype`.
 
     place: (path such as `layers.mlp.up.weight`, host array) -> the array where it shall live. One parameter, stacked
-    over layers, is on the host at a time.
+    over layers, is on the host at a time. Raises ConfigError for a config.json that the engines do not compute, and for
+    tensors that do not fit it.
     """
-    hf = read_model_config(folder)
-    check_weights(folder, hf)
-    config = DecoderConfig.from_hf(hf)
+    config = DecoderConfig.from_hf(checked_model(folder))
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype))
     leaves: dict[str, Any] = flatten_dict(shapes, sep=".")
     with ExitStack() as files:

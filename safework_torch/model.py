@@ -14,8 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from common.data.model_config import read_model_config
-from common.data.model_weights import check_weights
+from common.data.model_weights import checked_model
 
 # Families that may mix full and sliding-window layers, and take one mask for each kind.
 _MIXING_FAMILIES = ("qwen2", "qwen3")
@@ -28,9 +27,8 @@ def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
 
     Raises ConfigError for a config.json that the engines do not compute, and for tensors that do not fit it.
     """
-    check_weights(folder, read_model_config(folder))
+    checked_model(folder)  # transformers makes up what a file lacks, with a log line
     transformers_logging.disable_progress_bar()
-    # Checked first, because transformers makes up what a file lacks, with a log line.
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa"
     )

@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 
 from common.config.section import ConfigError
-from common.data.model_config import read_model_config
-from common.data.model_weights import check_weights
+from common.data.model_weights import checked_model
 
 EMBEDDED = "embedded:"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -27,7 +26,7 @@ def model_folder(path: str) -> Path:
     if not (folder / "config.json").is_file():
         state = "holds no config.json" if folder.is_dir() else "no such folder"
         raise ConfigError(f"{state}. Give a Hugging Face model folder, a hub name (owner/model), or {EMBEDDED}smollm2.")
-    check_weights(folder, read_model_config(folder))
+    checked_model(folder)
     return folder
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from common.config.section import ConfigError
-from common.data.model_config import head_dim, num_kv_heads
+from common.data.model_config import head_dim, num_kv_heads, read_model_config
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -42,12 +42,13 @@ def open_tensors(folder: Path, files: ExitStack) -> dict[str, Any]:
     return tensors
 
 
-def check_weights(folder: Path, hf: Mapping[str, Any]) -> None:
-    """Hold the tensors of a folder against its accepted `config.json`, from the files' headers.
+def checked_model(folder: Path) -> dict[str, Any]:
+    """The accepted `config.json` of a folder whose tensors fit it, as far as the files' headers tell.
 
-    Raises ConfigError, without the folder's name, for tensors that are missing, unknown or of another shape, and for a
-    head that differs from the embedding that it is tied to.
+    Raises ConfigError, without the folder's name, for a config.json that `read_model_config` refuses, for tensors that
+    are missing, unknown or of another shape, and for a head that differs from the embedding that it is tied to.
     """
+    hf = read_model_config(folder)
     with ExitStack() as files:
         tensors = open_tensors(folder, files)
         expected = tensor_shapes(hf)
@@ -73,6 +74,7 @@ def check_weights(folder: Path, hf: Mapping[str, Any]) -> None:
                 f"its config.json ties the head to the embedding, but {HEAD} differs from it. "
                 f"Set tie_word_embeddings to false, or remove {HEAD}."
             )
+    return hf
 
 
 def _some(names: Iterable[str]) -> str:
