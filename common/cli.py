@@ -98,7 +98,9 @@ def _export(arguments: argparse.Namespace) -> int:
     run_dir = RunDir(arguments.run_dir)
     steps = run_dir.saved_steps()
     step = arguments.step if arguments.step is not None else (steps[-1] if steps else None)
-    if step is None or step not in steps:
+    if step is None:
+        raise ConfigError(f"{arguments.run_dir}: no checkpoint is complete yet. Let it reach checkpoint.every steps.")
+    if step not in steps:
         raise ConfigError(f"{arguments.run_dir}: no checkpoint of step {step}; complete are: {steps or 'none'}.")
     out = arguments.out or run_dir.path / "export"
     source = policy_folder(load_config([config_file]))

@@ -33,7 +33,8 @@ def read_records(path: Path, reference_key: str | None) -> Iterator[Prompt | Bad
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(
-            f"data file {path}: cannot be read ({reason}). Correct the path in the data section."
+            f"data file {path.absolute()}: cannot be read ({reason}). Correct the path in the data section, or start "
+            "in the folder that it is relative to."
         ) from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -113,6 +113,8 @@ def test_exporting_what_is_not_there_is_an_error(tmp_path: Path, runs: dict[str,
     foreign = safework("export", tmp_path)
     assert f"error: {tmp_path}: is not a run folder (no checkpoints)." in foreign.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    (tmp_path / "checkpoints").mkdir()
+    assert f"error: {tmp_path}: no checkpoint is complete yet." in safework("export", tmp_path).stderr
     rotated = safework("export", runs["torch"], "--step", "1")
     assert rotated.returncode == 1
     assert "no checkpoint of step 1; complete are: [2, 3]." in rotated.stderr
