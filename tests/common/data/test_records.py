@@ -219,4 +219,4 @@ def test_file_that_cannot_be_read(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         list(read_records(tmp_path / name, None))
     assert str(caught.value).startswith(f"data file {tmp_path / name}: cannot be read (")
-    assert str(caught.value).endswith("Correct the path in the data section.")
+    assert str(caught.value).endswith("or start in the folder that it is relative to.")
