@@ -84,8 +84,10 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _counts(loaded: LoadedConfig) -> str:
     """Load data, tokenizer and recipe as a run would, and say what is there."""
-    reference_folder(loaded)
-    data = load_data(loaded, open_chat(loaded))
+    policy = policy_folder(loaded)
+    chat = open_chat(loaded, policy)
+    reference_folder(loaded, policy, chat)
+    data = load_data(loaded, chat)
     labels = ", ".join(data.recipe.terms)
     return f"{data.train.epoch_size} prompts an epoch, {len(data.heldout)} held out, labels: {labels}; ready to train"
 
@@ -97,11 +99,11 @@ def _export(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"{arguments.run_dir}: is not a run folder (no {part.name}). Give the run.dir of a run.")
     run_dir = RunDir(arguments.run_dir)
     steps = run_dir.saved_steps()
-    step = arguments.step if arguments.step is not None else (steps[-1] if steps else None)
-    if step is None:
+    if not steps:
         raise ConfigError(f"{arguments.run_dir}: no checkpoint is complete yet. Let it reach checkpoint.every steps.")
+    step = steps[-1] if arguments.step is None else arguments.step
     if step not in steps:
-        raise ConfigError(f"{arguments.run_dir}: no checkpoint of step {step}; complete are: {steps or 'none'}.")
+        raise ConfigError(f"{arguments.run_dir}: no checkpoint of step {step}; complete are: {steps}.")
     out = arguments.out or run_dir.path / "export"
     source = policy_folder(load_config([config_file]))
     export_model(run_dir.checkpoint(step), source, out, arguments.dtype)

@@ -69,8 +69,9 @@ def _load(words: Sequence[str]) -> LoadedConfig:
 
 def _train(open_trainer: OpenTrainer, loaded: LoadedConfig, command: str) -> int:
     config = loaded.config
-    policy, reference = policy_folder(loaded), reference_folder(loaded)
-    chat = open_chat(loaded)
+    policy = policy_folder(loaded)
+    chat = open_chat(loaded, policy)
+    reference = reference_folder(loaded, policy, chat)
     data = load_data(loaded, chat)
     with closing(open_run(loaded)) as run_dir:
         start = run_dir.state()
@@ -103,7 +104,8 @@ def _export(run_dir: RunDir, step: int, policy: Path) -> None:
 
 def _record(open_trainer: OpenTrainer, loaded: LoadedConfig, folder: Path, steps: int) -> int:
     config = loaded.config
-    policy, chat = policy_folder(loaded), open_chat(loaded)
+    policy = policy_folder(loaded)
+    chat = open_chat(loaded, policy)
     data = load_data(loaded, chat)
     sampler = RolloutSampler(open_trainer(loaded, policy, None), chat, config.rollout, config.run.seed)
     try:

@@ -127,18 +127,18 @@ def policy_folder(loaded: LoadedConfig) -> Path:
     return _folder(loaded, "model.path", loaded.config.model.path)
 
 
-def open_chat(loaded: LoadedConfig) -> Chat:
-    """The policy's tokenizer and chat template.
+def open_chat(loaded: LoadedConfig, policy: Path) -> Chat:
+    """The tokenizer and chat template of the policy's folder.
 
     Raises ConfigError when the tokenizer has ids for which the model has no embedding.
     """
-    model = loaded.config.model
-    return _open_chat(loaded, "model.path", model.path, model.system)
+    chat = Chat(policy, loaded.config.model.system)
+    _check_embedding(loaded, "model.path", loaded.config.model.path, policy, chat)
+    return chat
 
 
-def _open_chat(loaded: LoadedConfig, key: str, path: str, system: str | None = None) -> Chat:
-    folder = _folder(loaded, key, path)
-    chat, size = Chat(folder, system), read_model_config(folder)["vocab_size"]
+def _check_embedding(loaded: LoadedConfig, key: str, path: str, folder: Path, chat: Chat) -> None:
+    size = read_model_config(folder)["vocab_size"]
     largest = max(chat.vocabulary.values())
     if largest >= size:
         problem = (
@@ -146,22 +146,23 @@ def _open_chat(loaded: LoadedConfig, key: str, path: str, system: str | None = N
             "Use the tokenizer that the model was trained with, or resize its embedding."
         )
         raise ConfigError(sentence(key, path, loaded.origin(key), problem))
-    return chat
 
 
-def reference_folder(loaded: LoadedConfig) -> Path | None:
-    """The local folder of the reference model; None when the loss has no KL term.
+def reference_folder(loaded: LoadedConfig, policy: Path, chat: Chat) -> Path | None:
+    """The local folder of the reference model, where the policy has this folder and chat; None when the loss has no KL
+    term.
 
-    Raises ConfigError when its vocabulary is not the policy's.
+    Raises ConfigError when its vocabulary is not the policy's, or reaches past its own embedding.
     """
     model = loaded.config.model
     if loaded.config.loss.kl_coef == 0:
         return None
     if model.reference_path is None:
-        return policy_folder(loaded)
+        return policy
     reference = _folder(loaded, "model.reference_path", model.reference_path)
-    ours = open_chat(loaded).vocabulary
-    theirs = _open_chat(loaded, "model.reference_path", model.reference_path).vocabulary
+    its_chat = Chat(reference)
+    _check_embedding(loaded, "model.reference_path", model.reference_path, reference, its_chat)
+    ours, theirs = chat.vocabulary, its_chat.vocabulary
     if ours != theirs:
         problem = (
             f"its vocabulary ({len(theirs)} tokens) is not that of model.path = {model.path!r} ({len(ours)} tokens), "

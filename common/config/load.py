@@ -14,8 +14,6 @@ from common.config.run import EngineSection, RunConfig
 from common.config.section import ConfigError
 from common.config.sentences import parse_table, sentence
 
-ENGINES = ("torch", "jax")
-
 
 @dataclass(frozen=True)
 class LoadedConfig:
@@ -48,10 +46,10 @@ def load_config(paths: Sequence[str | Path], overrides: Iterable[str] = ()) -> L
     config = parse_table(RunConfig, layers.table, "", origin)
     # Both engines' tables are checked, whichever is chosen; their config modules are looked up by name, so that no line
     # of `common` imports a backend, and import no engine.
-    sections = {name: import_module(f"safework_{name}.config").SECTION for name in ENGINES}
+    tables = {"torch": config.backend.torch, "jax": config.backend.jax}
     engines = {
-        name: parse_table(section, getattr(config.backend, name), f"backend.{name}", origin)
-        for name, section in sections.items()
+        name: parse_table(import_module(f"safework_{name}.config").SECTION, table, f"backend.{name}", origin)
+        for name, table in tables.items()
     }
     engine, resolved = engines[config.backend.name], config.model_dump()
     found = (*cross_checks(config), *engine.problems(config))
