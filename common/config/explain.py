@@ -9,6 +9,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.representer import RoundTripRepresenter
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from common.config.load import LoadedConfig
 from common.config.run import RunConfig
@@ -59,6 +60,8 @@ def _holds_tables(value: Any) -> bool:
 
 
 def _on_one_line(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith("?"):
+        return DoubleQuotedScalarString(value)  # ruamel would write it bare, and a list would read it as a key
     if not isinstance(value, list):
         return value
     node = CommentedSeq(map(_on_one_line, value))
