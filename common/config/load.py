@@ -14,6 +14,8 @@ from common.config.run import EngineSection, RunConfig
 from common.config.section import ConfigError
 from common.config.sentences import parse_table, sentence
 
+ENGINES = ("torch", "jax")
+
 
 @dataclass(frozen=True)
 class LoadedConfig:
@@ -46,7 +48,7 @@ def load_config(paths: Sequence[str | Path], overrides: Iterable[str] = ()) -> L
     config = parse_table(RunConfig, layers.table, "", origin)
     # Both engines' tables are checked, whichever is chosen; their config modules are looked up by name, so that no line
     # of `common` imports a backend, and import no engine.
-    tables = {"torch": config.backend.torch, "jax": config.backend.jax}
+    tables = dict(zip(ENGINES, (config.backend.torch, config.backend.jax), strict=True))
     engines = {
         name: parse_table(import_module(f"safework_{name}.config").SECTION, table, f"backend.{name}", origin)
         for name, table in tables.items()
