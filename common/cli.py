@@ -57,10 +57,17 @@ def _parser() -> argparse.ArgumentParser:
 
     parity = verbs.add_parser("parity", help="measure torch against JAX on a config's own model and data")
     parity.add_argument("config", nargs="+", help=CONFIG_HELP)
-    parity.add_argument("--steps", type=int, default=20, help="batches to record and replay")
+    parity.add_argument("--steps", type=_at_least_one, default=20, help="batches to record and replay")
     parity.add_argument("--out", type=Path, default=Path("parity.json"), help="the certificate")
     parity.set_defaults(run=_parity)
     return parser
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: must be at least 1")
+    return number
 
 
 def _engine_command(name: str, *words: str) -> list[str]:

@@ -22,11 +22,15 @@ from common.types import Prompt
 
 @dataclass(frozen=True)
 class Data:
-    """Prompts that the recipe has accepted: the endless training mixture and the held-out list."""
+    """Prompts that the recipe has accepted: the endless training mixture and the held-out list.
+
+    digests: the SHA-256 of each file that they come from, by path.
+    """
 
     train: Mixture
     heldout: tuple[Prompt, ...]
     recipe: Recipe
+    digests: dict[str, str]
 
 
 def load_data(loaded: LoadedConfig, chat: Chat) -> Data:
@@ -47,7 +51,10 @@ def load_data(loaded: LoadedConfig, chat: Chat) -> Data:
         _report_left_out(source)
     recipe = _checked_recipe(loaded, train + heldout)
     return Data(
-        Mixture(train, config.run.seed), tuple(prompt for source in heldout for prompt in source.prompts), recipe
+        train=Mixture(train, config.run.seed),
+        heldout=tuple(prompt for source in heldout for prompt in source.prompts),
+        recipe=recipe,
+        digests={source.path: source.sha256 for source in train + heldout},
     )
 
 

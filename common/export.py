@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Literal
 
 import ml_dtypes
 import numpy as np
 
-from common.run_dir import NotSaved, refused_write
+from common.run_dir import NotSaved, flush_to_disk, refused_write
 from common.state_files import read_parameters, save_tensors
 
 # What travels with the weights, beside config.json.
@@ -39,21 +40,32 @@ def export_model(checkpoint: Path, source: Path, folder: Path, dtype: Literal["f
     folder = folder.expanduser().resolve()
     if not _may_be_replaced(folder):
         raise NotSaved(f"{folder}: exists and is no earlier export, so it stays as it is. Name another folder.")
-    partial, old = (folder.with_name(folder.name + ending) for ending in (".partial", ".old"))
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write_folder(parameters, source, partial, dtype)
-        (partial / MARKER).write_text(json.dumps({"checkpoint": checkpoint.name, "dtype": dtype}) + "\n")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        if not folder.parent.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        # A place of its own beside the folder: another export may run at the same time.
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            new = Path(scratch) / "new"
+            new.mkdir()
+            _write_folder(parameters, source, new, dtype)
+            (new / MARKER).write_text(json.dumps({"checkpoint": checkpoint.name, "dtype": dtype}) + "\n")
+            flush_to_disk(new)
+            _put_in_place(new, folder, Path(scratch) / "old")
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         reason, remedy = refused_write(error)
         raise NotSaved(f"{folder}: could not be written ({reason}). {remedy} and run safework export again.") from error
+
+
+def _put_in_place(new: Path, folder: Path, old: Path) -> None:
+    """Rename `new` to `folder`; what was there moves to `old`, and back when that fails."""
+    if folder.exists():
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
 
 
 def _may_be_replaced(folder: Path) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 from common.algorithms.advantages import advantages, informative
 from common.algorithms.schedule import learning_rate
 from common.config.run import RunConfig
+from common.config.section import ConfigError
 from common.data.batching import train_batches, with_old_logprobs
 from common.experiment import Data
 from common.interrupt import Interrupt
@@ -25,11 +26,14 @@ from common.types import RolloutGroup, TrainBatch
 
 @dataclass(frozen=True)
 class Collected:
-    """What one step rolled out: every scored group, which of them teach, and where the data cursor is now."""
+    """What one step rolled out: every scored group, which of them teach, how many responses were sampled for it (those
+    without a score too), and where the data cursor is now.
+    """
 
     groups: tuple[ScoredGroup, ...]
     kept: np.ndarray
     missing: dict[str, int]
+    num_sampled: int
     cursor: int
 
 
@@ -78,10 +82,20 @@ class Loop:
 
     def _resume(self) -> LoopState:
         state = self._run_dir.state()
+        self._refuse_other_data(state)
         self._run_dir.rewind_records(state)
         if state.step:
             self._trainer.restore(self._run_dir.checkpoint(state.step))
-        return state
+        return replace(state, data=self._data.digests)
+
+    def _refuse_other_data(self, state: LoopState) -> None:
+        """A cursor means nothing in another order, and every change of a file makes another order."""
+        changed = [path for path, digest in self._data.digests.items() if state.data.get(path, digest) != digest]
+        if changed:
+            raise ConfigError(
+                f"{', '.join(changed)}: changed since this run saved its step {state.step}. Put the old contents back, "
+                "or start anew in another run.dir."
+            )
 
     def _step(self, state: LoopState) -> LoopState:
         timer = Timer()
@@ -122,12 +136,12 @@ class Loop:
                 rolled = self._roll_out(draws, "train", state, config.rollout.group_size)
             with timer("score"):
                 scored = self._scorer.score(rolled, scored)
-            totals, scores, present, _ = score_arrays(scored.groups, self._data.recipe)
-            kept = informative(config.advantage, totals, scores, present)
+            kept = informative(config.advantage, *score_arrays(scored.groups, self._data.recipe))
             wanted = config.rollout.prompts_per_step - int(kept.sum())
             if wanted == 0:
                 break
-        return Collected(scored.groups, kept, scored.missing, cursor)
+        num_sampled = (cursor - state.cursor) * config.rollout.group_size
+        return Collected(scored.groups, kept, scored.missing, num_sampled, cursor)
 
     def _roll_out(
         self, draws: Sequence[Draw], stream: Stream, state: LoopState, num_samples: int
@@ -153,9 +167,8 @@ class Loop:
             return credit, []
         credit[kept] = advantages(config.advantage, totals[kept], scores[kept], present[kept], weights[kept])
         groups = [collected.groups[index].group for index in kept]
-        batches = train_batches(
-            groups, credit[kept], config.loss, config.batch, config.rollout.max_new_tokens, totals.size
-        )
+        limit = config.rollout.max_new_tokens
+        batches = train_batches(groups, credit[kept], config.loss, config.batch, limit, collected.num_sampled)
         return credit, batches
 
     def _with_references(self, batch: TrainBatch) -> TrainBatch:

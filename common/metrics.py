@@ -22,6 +22,7 @@ UPDATE_KEYS = (
     "policy/ratio_max",
     "policy/clip_fraction",
     "mismatch/kl",
+    "mismatch/cut_fraction",
     "grad_norm",
     "tokens/trained",
 )

@@ -47,12 +47,15 @@ def refused_write(error: OSError) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class LoopState:
-    """All that the loop itself must remember: the next step, the data cursor, updates so far, record file lengths."""
+    """All that the loop itself must remember: the next step, the data cursor, updates so far, record file lengths, and
+    the data files' digests by path.
+    """
 
     step: int = 0
     cursor: int = 0
     policy_version: int = 0
     record_bytes: dict[str, int] = field(default_factory=dict)
+    data: dict[str, str] = field(default_factory=dict)
 
 
 class RunDir:
@@ -162,7 +165,7 @@ class RunDir:
             write_engine(partial)
             lengths = {name: _synced_length(self.path / name) for name in RECORDS}
             (partial / STATE_FILE).write_text(json.dumps(asdict(state) | {"record_bytes": lengths}))
-            _flush_to_disk(partial)
+            flush_to_disk(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             _sync(self.checkpoints)
@@ -187,7 +190,8 @@ def _free_name(path: Path) -> Path:
     return path if not path.exists() else next(name for name in names if not name.exists())
 
 
-def _flush_to_disk(folder: Path) -> None:
+def flush_to_disk(folder: Path) -> None:
+    """Return when everything in the folder is on the disk."""
     for path in sorted(folder.rglob("*")):
         _sync(path)
     _sync(folder)

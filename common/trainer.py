@@ -56,8 +56,8 @@ class PolicyTrainer(Protocol):
     def update(self, batch: TrainBatch, learning_rate: float) -> dict[str, float]:
         """One optimizer step over all rows of the batch, in micro-batches.
 
-        Returns loss/policy, loss/kl, policy/entropy, policy/ratio_max, policy/clip_fraction, mismatch/kl, grad_norm and
-        tokens/trained. Raises NonFiniteUpdate.
+        Returns loss/policy, loss/kl, policy/entropy, policy/ratio_max, policy/clip_fraction, mismatch/kl,
+        mismatch/cut_fraction, grad_norm and tokens/trained. Raises NonFiniteUpdate.
         """
         ...
 

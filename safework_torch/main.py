@@ -1,4 +1,4 @@
-"""The torch engine's program: `python -m safework_torch.main VERB CONFIG... [key=value...]`, also under torchrun."""
+"""The torch engine's program: `python -m safework_torch.main VERB CONFIG... [key=value...]`."""
 
 from __future__ import annotations
 

@@ -136,6 +136,7 @@ def check_metrics(trainer: ParityTrainer, model: Path, loss: LossConfig) -> None
         "policy/ratio_max": ratio.max(),
         "policy/clip_fraction": held,
         "mismatch/kl": (np.exp(old - sampling) - (old - sampling) - 1).mean(),
+        "mismatch/cut_fraction": 0.0,
         "grad_norm": np.sqrt(sum((x.astype(np.float64) ** 2).sum() for x in gradients.values())),
         "tokens/trained": len(new),
     }

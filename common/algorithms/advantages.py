@@ -43,13 +43,14 @@ def gdpo(scores: np.ndarray, present: np.ndarray, term_weights: np.ndarray, ddof
     """Each verifier normalised within its group, summed, whitened over the batch (GDPO, arXiv 2601.05242).
 
     scores: [P G K] float64. present: [P G K] bool; absent scores enter no statistic. term_weights: [P K], the recipe's
-    weight of each verifier. The whitened sum is divided by the root of the number of verifiers a sample has, so
-    that labels with many verifiers do not outweigh the others. Returns [P G].
+    weight of each verifier. The whitened sum is divided by the root of the number of verifiers a sample has, those of
+    weight 0 not counted, so that labels with many verifiers do not outweigh the others. Returns [P G].
     """
     normalised = _normalise_present(scores, present, ddof, eps)
     summed = (normalised * term_weights[:, None, :]).sum(axis=2)
     whitened = (summed - summed.mean()) / (summed.std(ddof=ddof) + eps)
-    return whitened / np.sqrt(np.maximum(present.sum(axis=2), 1))
+    active = present & (term_weights != 0)[:, None, :]
+    return whitened / np.sqrt(np.maximum(active.sum(axis=2), 1))
 
 
 def _normalise_present(scores: np.ndarray, present: np.ndarray, ddof: int, eps: float) -> np.ndarray:
@@ -60,18 +61,20 @@ def _normalise_present(scores: np.ndarray, present: np.ndarray, ddof: int, eps: 
     return centred / (std + eps)
 
 
-def informative(config: AdvantageConfig, totals: np.ndarray, scores: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """Which groups carry a gradient: [P] bool.
+def informative(
+    config: AdvantageConfig, totals: np.ndarray, scores: np.ndarray, present: np.ndarray, term_weights: np.ndarray
+) -> np.ndarray:
+    """Which groups carry a gradient: [P] bool. Shapes as in `advantages`.
 
-    Judged by the spread of what is trained on (the total, or any single verifier for `gdpo`); with `floor` a group of
-    equal failures still teaches, so there the advantage itself decides.
+    Judged by the spread of what is trained on (the total, or any single verifier with a weight for `gdpo`); with
+    `floor` a group of equal failures still teaches, so there the advantage itself decides.
     """
     if config.type == "floor":
         return np.abs(floor(totals, config.floor_threshold)).max(axis=1) > SPREAD_TOLERANCE
     if config.type == "gdpo":
         low = np.where(present, scores, np.inf).min(axis=1)
         high = np.where(present, scores, -np.inf).max(axis=1)
-        return ((high - low) > SPREAD_TOLERANCE).any(axis=1)
+        return (((high - low) > SPREAD_TOLERANCE) & (term_weights != 0)).any(axis=1)
     return np.ptp(totals, axis=1) > SPREAD_TOLERANCE
 
 
@@ -82,7 +85,10 @@ def advantages(
     present: np.ndarray,
     term_weights: np.ndarray,
 ) -> np.ndarray:
-    """Advantages [P G] float64 of one update by the configured rule.
+    """Advantages [P G] float64 of one step by the configured rule.
+
+    Statistics over the batch span the step's groups, however many updates they are split into, as elsewhere in the
+    field: of an update alone they would be noisier and depend on the split.
 
     totals: [P G]; scores, present: [P G K]; term_weights: [P K]. Only `gdpo` looks at the last three.
     """

@@ -25,8 +25,9 @@ class TokenArrays(NamedTuple):
 class Sums(NamedTuple):
     """Statistics of a micro-batch. All but `ratio_max` add up over micro-batches and devices; that one is a maximum.
 
-    mismatch_kl and entropy are sums over trained tokens (policy weight not 0), `tokens` of them, `clipped` of which
-    are held by the clip; ratio_max is 0 where there are none. loss_kl already carries its coefficient.
+    entropy is a sum over trained tokens (policy weight not 0), `tokens` of them, `clipped` of which are held by the
+    clip; ratio_max is 0 where there are none. mismatch_kl is one over all `sampled` tokens, so that an importance
+    correction hides nothing by setting weights to 0. loss_kl already carries its coefficient.
     """
 
     loss_policy: Array
@@ -35,6 +36,7 @@ class Sums(NamedTuple):
     mismatch_kl: Array
     clipped: Array
     tokens: Array
+    sampled: Array
     ratio_max: Array
 
 
@@ -59,14 +61,17 @@ def objective(config: LossConfig, logprobs: Array, entropy: Array, arrays: Token
 
     trained = xp.where(arrays.policy_weights != 0, xp.ones_like(fixed), xp.zeros_like(fixed))
     log_ratio = fixed - old
-    mismatch = (arrays.sampling_logprobs - old) * trained
+    sampled = xp.where(arrays.kl_weights != 0, xp.ones_like(fixed), xp.zeros_like(fixed))
+    # Where the sampler's own logprobs stand in for the old ones, only the policy's of now can differ from them.
+    mismatch = (arrays.sampling_logprobs - (fixed if config.old_logprobs == "sampler" else old)) * sampled
     sums = Sums(
         loss_policy=stop_gradient(loss_policy),
         loss_kl=stop_gradient(loss_kl),
         entropy=(stop_gradient(entropy) * trained).sum(),
-        mismatch_kl=((xp.expm1(-mismatch) + mismatch) * trained).sum(),
+        mismatch_kl=((xp.expm1(-mismatch) + mismatch) * sampled).sum(),
         clipped=(_clipped(config, log_ratio, advantages, arrays) * trained).sum(),
         tokens=trained.sum(),
+        sampled=sampled.sum(),
         ratio_max=(xp.exp(log_ratio * trained) * trained).max(),
     )
     return loss_policy + loss_kl, sums
@@ -105,7 +110,8 @@ def update_record(sums: Sums, grad_norm: float) -> dict[str, float]:
         "policy/entropy": sums.entropy / tokens,
         "policy/ratio_max": sums.ratio_max,
         "policy/clip_fraction": sums.clipped / tokens,
-        "mismatch/kl": sums.mismatch_kl / tokens,
+        "mismatch/kl": sums.mismatch_kl / max(sums.sampled, 1.0),
+        "mismatch/cut_fraction": (sums.sampled - sums.tokens) / max(sums.sampled, 1.0),
         "grad_norm": grad_norm,
         "tokens/trained": sums.tokens,
     }

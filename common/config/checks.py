@@ -15,6 +15,7 @@ def cross_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield from _loss_checks(config)
     yield from _evaluation_checks(config)
     yield from _recipe_checks(config)
+    yield from _overlong_checks(config)
 
 
 def _group_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -81,6 +82,18 @@ def _evaluation_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
             "held-out evaluation is on and has no prompts. Name a file, or set evaluation.at_ends to false and "
             "evaluation.every to 0.",
         )
+
+
+def _overlong_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
+    limit = config.rollout.max_new_tokens
+    for name, verifier in config.rewards.verifiers.items():
+        longest = verifier.options.get("max_length")
+        if verifier.rule == "overlong" and isinstance(longest, int) and longest > limit:
+            yield (
+                f"rewards.verifiers.{name}.options.max_length",
+                f"responses end at rollout.max_new_tokens = {limit}, so the full penalty is never reached. "
+                f"Set it to {limit} or less.",
+            )
 
 
 def _recipe_checks(config: RunConfig) -> Iterator[tuple[str, str]]:

@@ -60,8 +60,9 @@ def _holds_tables(value: Any) -> bool:
 
 
 def _on_one_line(value: Any) -> Any:
-    if isinstance(value, str) and value.startswith("?"):
-        return DoubleQuotedScalarString(value)  # ruamel would write it bare, and a list would read it as a key
+    if isinstance(value, str) and (value.startswith("?") or not value.isprintable()):
+        # ruamel would write the one bare, which a list reads as a key, and break the other at U+0085.
+        return DoubleQuotedScalarString(value)
     if not isinstance(value, list):
         return value
     node = CommentedSeq(map(_on_one_line, value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,14 @@ from common.types import Prompt
 
 @dataclass(frozen=True)
 class LoadedSource:
-    """The usable prompts of one file, and what was left out of it, each with its reason."""
+    """The usable prompts of one file, what was left out of it, each with its reason, and the file's SHA-256."""
 
     path: str
     prompts: tuple[Prompt, ...]
     weight: float
     bad: tuple[str, ...]
     long: tuple[str, ...]
+    sha256: str
 
 
 def load_source(section: DataSection, source: DataSource, length: Callable[[Prompt], int]) -> LoadedSource:
@@ -53,7 +55,9 @@ def load_source(section: DataSection, source: DataSource, length: Callable[[Prom
             f"data file {source.path}: no usable record ({len(bad)} bad, {len(long)} too long). "
             "Mend the file, raise data.max_prompt_tokens, or take the file out of the data section."
         )
-    return LoadedSource(source.path, tuple(prompts), source.weight, tuple(bad), tuple(long))
+    with Path(source.path).open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return LoadedSource(source.path, tuple(prompts), source.weight, tuple(bad), tuple(long), sha256)
 
 
 class Mixture:

@@ -12,13 +12,15 @@ from safetensors.numpy import load_file, save_file
 
 from common.config import RunConfig
 from common.config.method import LossConfig
-from common.parity.recording import batches, off_policy
+from common.parity.recording import NOISE, batches, off_policy
 from common.trainer import PolicyTrainer, Sampling, SamplingPrompt
 from common.types import TrainBatch
 
 OPTIMIZER_STEPS = 10
 GREEDY_TOKENS = 16
 LEARNING_RATE = 1e-5
+# Other losses clip within the noise of `off_policy` by default; these caps would never be reached.
+_WITHIN_NOISE = {"cispo": {"clip_high": NOISE}, "cpgd": {"drift_cap": NOISE, "drift_coef": 1.0}}
 
 
 class ParityTrainer(PolicyTrainer, Protocol):
@@ -43,7 +45,7 @@ def loss_cases(config: RunConfig, batch: TrainBatch) -> dict[str, tuple[LossConf
     penalties = get_args(LossConfig.model_fields["kl_type"].annotation)
     cases = {}
     for kind in types:
-        loss = LossConfig.model_validate({"type": kind})
+        loss = LossConfig.model_validate({"type": kind, **_WITHIN_NOISE.get(kind, {})})
         cases |= {f"{kind}/on": (loss, batch), f"{kind}/off": (loss, off_policy(batch))}
     for penalty in penalties:
         loss = LossConfig.model_validate({"type": config.loss.type, "kl_type": penalty, "kl_coef": 1.0})
@@ -79,7 +81,8 @@ def measure(config: RunConfig, trainer: ParityTrainer, recording: Path, gradient
 
 def _sampling(trainer: PolicyTrainer, batch: TrainBatch, folder: Path) -> None:
     """Greedy continuations of the recorded prompts."""
-    prompts = list(_recorded_prompts(batch))[:4]
+    distinct = {prompt.tobytes(): prompt for prompt in _recorded_prompts(batch)}
+    prompts = list(distinct.values())[:4]
     uniforms = np.full((1, GREEDY_TOKENS), 0.5, np.float32)
     rule = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=GREEDY_TOKENS, stop_ids=(), rows=8)
     responses = trainer.sample([SamplingPrompt(prompt, uniforms) for prompt in prompts], rule)

@@ -101,6 +101,12 @@ CROSS_CHECKS = [
     Case("{rewards: {recipe: {l: {anser: 1}}}}", "rewards.recipe.l.anser", "1.0", "Known: answer. Add it under rewa"),
     Case("{rewards: {recipe: {l: {}}}}", "rewards.recipe.l", "{}", "every response would score 0. Name a verifier"),
     Case("{rewards: {verifiers: {x: {rule: a, judge: b}}}}", "rewards.verifiers.x", "{'rule': 'a'", "Set exactly one"),
+    Case(
+        "{rewards: {verifiers: {x: {rule: overlong, options: {max_length: 4096}}}}}",
+        "rewards.verifiers.x.options.max_length",
+        "4096",
+        "so the full penalty is never reached. Set it to ",
+    ),
     Case("{rewards: {verifiers: {x: {options: {}}}}}", "rewards.verifiers.x", "{'rule': None", "Set exactly one of"),
 ]
 # What another key makes wrong is blamed on the place that set it, not on the line of the case.

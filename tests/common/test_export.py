@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -140,6 +141,36 @@ def test_another_refusal_of_the_disk_is_not_called_a_full_one(source: Path, tmp_
     words = r"out: could not be written \(Not a directory\)\. Mend that and run safework export again\."
     with pytest.raises(NotSaved, match=words):
         export_model(trained(tmp_path / "saved", source)[0], source, tmp_path / "file" / "out", "float32")
+
+
+def test_an_export_touches_nothing_beside_it(source: Path, tmp_path: Path) -> None:
+    saved, _ = trained(tmp_path / "saved", source)
+    for name in ("out.old", "out.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("mine")
+    for _ in range(2):
+        export_model(saved, source, tmp_path / "out", "float32")
+    assert {path.name for path in tmp_path.iterdir()} == {"saved", "out", "out.old", "out.partial"}
+    assert {path.read_text() for path in tmp_path.glob("out.*/notes.txt")} == {"mine"}
+
+
+def test_an_export_that_cannot_take_its_place_gives_it_back(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, weights = trained(tmp_path / "saved", source)
+    export_model(saved, source, tmp_path / "out", "float32")
+    rename = Path.rename
+
+    def refuse_new(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse_new)
+    with pytest.raises(NotSaved, match="Input/output error"):
+        export_model(checkpoint(tmp_path / "later", w=np.ones(2, np.float32)), source, tmp_path / "out", "float32")
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == weights.keys()
+    assert {path.name for path in tmp_path.iterdir()} == {"saved", "later", "out"}
 
 
 def test_an_export_knows_its_checkpoint(source: Path, tmp_path: Path) -> None:

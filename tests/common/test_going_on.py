@@ -84,6 +84,19 @@ def test_a_record_file_shorter_than_its_checkpoint_is_an_error(
     assert len(read_lines(folder / "metrics.jsonl")) == 4
 
 
+def test_a_data_file_that_changed_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_file = lowercase_run(tmp_path)
+    before = unchanged(train(run_file).folder)
+    [source] = load_config([run_file]).config.data.train
+    lines = Path(source.path).read_text().splitlines(keepends=True)
+    Path(source.path).write_text("".join(lines[:-1]))
+    assert train(run_file, "run.steps=6").status == 1
+    assert f"error: {source.path}: changed since this run saved its step 4. " in capsys.readouterr().err
+    assert unchanged(tmp_path / "run").keys() == before.keys()
+    Path(source.path).write_text("".join(lines))
+    assert len(train(run_file, "run.steps=6").metrics) == 6
+
+
 def test_raised_steps_go_on_with_the_longer_schedule(tmp_path: Path) -> None:
     run_file = lowercase_run(tmp_path, optimizer={"warmup_fraction": 0.25, "floor_fraction": 0.1})
     rule = load_config([run_file]).config.optimizer

@@ -29,6 +29,7 @@ STEP_KEYS = {
     "policy/ratio_max",
     "policy/clip_fraction",
     "mismatch/kl",
+    "mismatch/cut_fraction",
     "grad_norm",
     "learning_rate",
     "response/length_mean",

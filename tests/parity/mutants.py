@@ -85,8 +85,8 @@ _ADVANTAGES = [
     Mutant(
         "gdpo divides by the number of verifiers, not its root",
         ADVANTAGES,
-        "np.sqrt(np.maximum(present.sum(axis=2), 1))",
-        "np.maximum(present.sum(axis=2), 1)",
+        "np.sqrt(np.maximum(active.sum(axis=2), 1))",
+        "np.maximum(active.sum(axis=2), 1)",
         "test_advantages.py::test_gdpo_of_two_verifiers",
     ),
     Mutant(
@@ -99,8 +99,8 @@ _ADVANTAGES = [
     Mutant(
         "gdpo keeps a group only if every verifier spreads",
         ADVANTAGES,
-        "> SPREAD_TOLERANCE).any(axis=1)",
-        "> SPREAD_TOLERANCE).all(axis=1)",
+        "& (term_weights != 0)).any(axis=1)",
+        "& (term_weights != 0)).all(axis=1)",
         "test_advantages.py::test_informative",
     ),
 ]

@@ -19,6 +19,8 @@ Extract = Literal["boxed", "boxed_or_bare"]
 # a policy that stammers brackets should be wrong, not missing.
 LONGEST = 300
 DEEPEST = 10
+# Powers of powers and large factorials: sympy would work them out digit by digit.
+_HUGE = re.compile(r"\^[{(]*\d+[})]*\^|\^[{(]*\d{5,}|\d{4,}!|!!")
 
 _DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
 # A number does not continue a word or a number; a minus after a value is a subtraction, not a sign.
@@ -28,11 +30,16 @@ _NUMBER = re.compile(
     r"(?P<exponent>[eE][+-]?\d{1,3})?(?P<percent> ?%)?"
 )
 _CLOSING = re.compile(r"(?s:.*)(?:answer(?: is:?|:| =)|答案(?:[是为][:：]?|[:：]))\s*(\S.*)\Z", re.I)
+# As formulas these would be a ratio, a subtraction and a division.
+_TIME_OR_DATE = re.compile(r"\d:\d\d|\d{4}-\d\d?-\d\d?|\d/\d\d?/\d{2}")
+# math-verify drops units; these abbreviations are told apart.
+_UNITS = frozenset(["mm", "cm", "dm", "m", "km", "mg", "g", "kg", "t", "ml", "l", "ms", "s", "min", "h"])
+_UNIT = re.compile(r"\d ?(?:\\(?:text|mathrm)\{ ?)?([A-Za-z]+) ?\}?(\^\{?[23]\}?)?\Z")
 _FUNCTION = re.compile(
     r"\\[A-Za-z]+(?:\{[^{}]*\})?|\b(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|mod|max|min|gcd|lcm|inf)\b"
 )
 _TIDY = [
-    (r"\\[()\[\]!,;: ]|\\?[$€£¥]|\\(?:left|right|displaystyle)\b", ""),
+    (r"(?<!\\)\\[()\[\]!,;: ]|\\?[$€£¥]|\\(?:left|right|displaystyle)\b", ""),
     (r"\\[dt]frac\b", r"\\frac"),
     (r"\\%", "%"),
     (r"\{,\}", ","),
@@ -58,6 +65,13 @@ def last_boxed(text: str) -> str | None:
         if depth == 0:
             return content[: brace.start()]
     return None
+
+
+def reference_answer(reference: object) -> str:
+    r"""The normalised final answer of a reference: its last \boxed{}, what follows GSM8K's "####", or all of it."""
+    text = str(reference)
+    boxed = last_boxed(text)
+    return normalise(text.rpartition("####")[2] if boxed is None else boxed)
 
 
 def normalise(text: str) -> str:
@@ -121,10 +135,23 @@ def _prose_words(text: str) -> int:
 
 def _is_formula(reference: str, answer: str) -> bool:
     """May the two be compared mathematically? As products of letters, "listen" and "silent" would be equal."""
-    if len(answer) > LONGEST or _prose_words(reference) or _prose_words(answer) > 3:
+    if _prose_words(reference) or _TIME_OR_DATE.search(reference):
+        return False
+    if len(answer) > LONGEST or _prose_words(answer) > 3 or _HUGE.search(answer):
         return False
     steps = (1 if bracket in "([{" else -1 for bracket in re.findall(r"[(){}\[\]]", answer))
     return max(accumulate(steps), default=0) <= DEEPEST
+
+
+def _is_false_chain(reference: str, answer: str) -> bool:
+    """math-verify takes the last side of an equation, "3" of "x = 3"; of "4 = 3" and "1 = 2 = 3" it must not."""
+    left, _, _ = answer.rpartition("=")
+    return "=" not in reference and ("=" in left or read_number(left.strip()) is not None)
+
+
+def _units_differ(reference: str, answer: str) -> bool:
+    units = [found.groups() for found in map(_UNIT.search, (reference, answer)) if found]
+    return len(units) == 2 and units[0] != units[1] and all(unit in _UNITS for unit, _ in units)
 
 
 class AnswerMatch(Verifier):
@@ -132,8 +159,10 @@ class AnswerMatch(Verifier):
 
     `extract`: "boxed" takes the last \boxed{} after the reasoning; "boxed_or_bare" takes a bare answer where there
     is no box. Compared exactly after normalisation, then as numbers, then with math-verify in a process of its own,
-    `limit_s` seconds each; a comparison that runs out of time is `Missing`. A reference in words, and an answer of more
-    than 300 characters or 10 nested brackets, must match exactly.
+    `limit_s` seconds each; a comparison that runs out of time is `Missing`. A reference in words or with a time or
+    date, and an answer of more than 300 characters, 10 nested brackets or with towers of powers, must match exactly.
+    Units are not compared, but for abbreviations like cm and kg. A reference may be a whole solution: its last
+    \boxed{}, or what follows "####", is then the answer.
     """
 
     name = "answer"
@@ -147,11 +176,13 @@ class AnswerMatch(Verifier):
         self._math = MathProcess(limit_s)
 
     def check_reference(self, prompt: Prompt) -> None:
-        """Raise ValueError unless the reference is a non-blank text or a finite number."""
+        """Raise ValueError unless the reference is a finite number or a text that holds an answer."""
         reference = prompt.reference
         is_number = isinstance(reference, int | float) and not isinstance(reference, bool)
-        if not (is_number and math.isfinite(reference)) and not (isinstance(reference, str) and normalise(reference)):
-            raise ValueError(f"The reference must be a non-blank text or a finite number; got {reference!r}.")
+        if not (is_number and math.isfinite(reference)):
+            answer = reference_answer(reference) if isinstance(reference, str) else ""
+            if not answer or r"\boxed" in answer:
+                raise ValueError(f"The reference must be a non-blank text or a finite number; got {reference!r}.")
 
     def score(self, samples: Sequence[Sample]) -> list[Score | Missing]:
         compared: dict[tuple[str, str], bool | Missing] = {}  # a group often repeats an answer
@@ -162,7 +193,7 @@ class AnswerMatch(Verifier):
         self._math.close()
 
     def _judge(self, sample: Sample, compared: dict[tuple[str, str], bool | Missing]) -> Score | Missing:
-        reference = normalise(str(sample.prompt.reference))
+        reference = reference_answer(sample.prompt.reference)
         text = sample.rollout.answer_text
         boxed = last_boxed(text)
         answers = [boxed] if boxed is not None else []
@@ -186,7 +217,7 @@ class AnswerMatch(Verifier):
         numbers = read_number(reference), read_number(answer)
         if numbers[0] and numbers[1]:
             return numbers[0].equals(numbers[1])
-        if not _is_formula(reference, answer):
+        if _is_false_chain(reference, answer) or _units_differ(reference, answer) or not _is_formula(reference, answer):
             return False
         if (reference, answer) not in compared:
             compared[reference, answer] = self._math.equal(reference, answer)

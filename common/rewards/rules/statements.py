@@ -78,7 +78,7 @@ def bound(quantity: str) -> Bound:
 
 LITERAL = "§"
 _LITERALS = re.compile(
-    r"(?<!\w)'(?P<a>.+?)'(?!\w)|\"(?P<b>.+?)\"|“(?P<c>.+?)”|‘(?P<d>.+?)’|「(?P<e>.+?)」|`(?P<f>.+?)`|(?P<g></?[A-Za-z][\w.-]*>)"
+    r"(?<![A-Za-z0-9_])'(?P<a>.+?)'(?![A-Za-z0-9_])|\"(?P<b>.+?)\"|“(?P<c>.+?)”|‘(?P<d>.+?)’|「(?P<e>.+?)」|`(?P<f>.+?)`|(?P<g></?[A-Za-z][\w.-]*>)"
 )
 _WHOLE = (
     "answer|response|output|reply|text|content|description|story|summary|essay|article|email|letter|poem|script|report"

@@ -179,13 +179,23 @@ def test_informative(kind: str, totals: Any, scores: Any, present: Any, expected
     array = np.array([totals], np.float64)
     held = array[:, :, None] if scores is None else np.array([scores], np.float64)
     there = np.ones(held.shape, bool) if present is None else np.array([present])
-    assert informative(config(kind), array, held, there).tolist() == [expected]
+    assert informative(config(kind), array, held, there, np.ones((1, held.shape[2]))).tolist() == [expected]
 
 
 def test_informative_judges_each_group() -> None:
     array = np.array([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0]])
     present = np.ones((3, 2, 1), bool)
-    assert informative(config("rloo"), array, array[:, :, None], present).tolist() == [False, True, False]
+    found = informative(config("rloo"), array, array[:, :, None], present, np.ones((3, 1)))
+    assert found.tolist() == [False, True, False]
+
+
+def test_a_verifier_without_weight_teaches_nothing() -> None:
+    scores = np.array([[[1.0, 0.0], [1.0, 1.0]], [[1.0, 0.0], [0.0, 0.0]]])
+    present, weights = np.ones(scores.shape, bool), np.array([[1.0, 0.0], [1.0, 0.0]])
+    totals = (scores * weights[:, None, :]).sum(axis=2)
+    assert informative(config("gdpo"), totals, scores, present, weights).tolist() == [False, True]
+    alone = advantages(config("gdpo"), totals, scores[:, :, :1], present[:, :, :1], weights[:, :1])
+    np.testing.assert_array_equal(advantages(config("gdpo"), totals, scores, present, weights), alone)
 
 
 rewards = st.integers(-40, 40).map(lambda n: n / 8)
@@ -262,7 +272,8 @@ def test_gdpo_never_sees_what_stands_in_place_of_an_absent_score(case: Any) -> N
         advantages(config("gdpo"), totals, other, present, weights),
     )
     np.testing.assert_array_equal(
-        informative(config("gdpo"), totals, scores, present), informative(config("gdpo"), totals, other, present)
+        informative(config("gdpo"), totals, scores, present, weights),
+        informative(config("gdpo"), totals, other, present, weights),
     )
 
 

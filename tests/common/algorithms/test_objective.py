@@ -170,36 +170,45 @@ def test_the_largest_ratio_may_be_below_one_and_is_zero_of_no_tokens() -> None:
 
 
 def test_mismatch_is_the_kl_from_the_sampler_to_the_trainer() -> None:
-    # k3 of KL(mu || old) under x ~ mu: old/mu - 1 - ln(old/mu), for old/mu = 2, 0.5, 1 and 1.1 on trained tokens.
-    ratio = np.array([[5.0, 2.0, 0.5, 1.0, 1.1, 7.0, 7.0, 7.0]])
+    # k3 of KL(mu || old) under x ~ mu: old/mu - 1 - ln(old/mu), on all six sampled tokens, the two that a correction
+    # has cut among them.
+    ratio = np.array([[5.0, 2.0, 0.5, 1.0, 1.1, 7.0, 3.0, 5.0]])
     sampling = OLD - np.log(ratio)
     _, sums = objective(loss_config(), LOGPROBS, np.zeros_like(LOGPROBS), example(sampling_logprobs=sampling))
-    expected = math.fsum(x - 1 - math.log(x) for x in (2.0, 0.5, 1.0, 1.1))
+    expected = math.fsum(x - 1 - math.log(x) for x in (2.0, 0.5, 1.0, 1.1, 7.0, 3.0))
     assert float(sums.mismatch_kl) == pytest.approx(expected, rel=1e-12)
+    assert (float(sums.sampled), float(sums.tokens)) == (6.0, 4.0)
+
+
+def test_mismatch_is_the_policys_where_the_samplers_logprobs_stand_in_for_the_old_ones() -> None:
+    arrays = example(sampling_logprobs=example().old_logprobs)
+    _, sums = objective(loss_config(old_logprobs="sampler"), LOGPROBS, np.zeros_like(LOGPROBS), arrays)
+    assert float(sums.mismatch_kl) == pytest.approx(math.fsum(x - 1 - math.log(x) for x in RATIOS[1:7]), rel=1e-12)
 
 
 def test_mismatch_keeps_its_digits_in_float32() -> None:
     # Differences of 2^-10: exactly k3 = d^2/2 +- d^3/6 + ..., about 4.8e-7, below the rounding of exp(d) - 1 - d.
     old, sampling = np.full((1, 8), -2.0, np.float32), np.full((1, 8), -2.0 - 2.0**-10, np.float32)
-    arrays = example(old_logprobs=old, sampling_logprobs=sampling, policy_weights=np.ones((1, 8), np.float32))
+    arrays = example(old_logprobs=old, sampling_logprobs=sampling, kl_weights=np.ones((1, 8), np.float32))
     _, sums = objective(loss_config(), old, old, arrays)
     d = 2.0**-10
     assert float(sums.mismatch_kl) == pytest.approx(8 * (d**2 / 2 + d**3 / 6), rel=1e-2, abs=8e-10)
 
 
-def test_update_record_divides_by_trained_tokens() -> None:
-    sums = Sums(0.5, 0.25, entropy=10.0, mismatch_kl=2.0, clipped=1.0, tokens=4.0, ratio_max=1.5)
+def test_update_record_divides_by_trained_and_by_sampled_tokens() -> None:
+    sums = Sums(0.5, 0.25, entropy=10.0, mismatch_kl=2.0, clipped=1.0, tokens=4.0, sampled=5.0, ratio_max=1.5)
     assert update_record(sums, 7.0) == {
         "loss/policy": 0.5,
         "loss/kl": 0.25,
         "policy/entropy": 2.5,
         "policy/ratio_max": 1.5,
         "policy/clip_fraction": 0.25,
-        "mismatch/kl": 0.5,
+        "mismatch/kl": 0.4,
+        "mismatch/cut_fraction": pytest.approx(0.2),
         "grad_norm": 7.0,
         "tokens/trained": 4.0,
     }
-    nothing = Sums(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    nothing = Sums(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     assert update_record(nothing, 0.0)["policy/entropy"] == 0.0
 
 

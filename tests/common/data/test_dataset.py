@@ -24,7 +24,7 @@ def prompts(count: int, name: str = "p") -> tuple[Prompt, ...]:
 
 def mixture(seed: int = 0, **sources: tuple[int, float]) -> Mixture:
     """A mixture of sources by name, each with a number of prompts and a weight."""
-    loaded = [LoadedSource(name, prompts(count, name), weight, (), ()) for name, (count, weight) in sources.items()]
+    loaded = [LoadedSource(name, prompts(count, name), weight, (), (), "") for name, (count, weight) in sources.items()]
     return Mixture(loaded, seed)
 
 
@@ -186,7 +186,7 @@ def test_over_many_epochs_prompts_of_a_source_come_equally_often(count: int, wei
 
 
 def test_a_large_data_set_is_read_quickly() -> None:
-    source = LoadedSource("a", prompts(100_000, "a"), 1.0, (), ())
+    source = LoadedSource("a", prompts(100_000, "a"), 1.0, (), (), "")
     started = time.perf_counter()
     mixed = Mixture([source], seed=0)
     ids = {mixed[cursor].id for cursor in range(mixed.epoch_size)}
