@@ -21,8 +21,8 @@ lint: .venv-dev/ready
 
 # The parity ladder on SmolLM2-135M with 20 replayed steps; writes the certificate that the repository carries.
 certify: .venv-dev/ready
-	OMP_NUM_THREADS=2 .venv-dev/bin/safework parity configs/quickstart.yaml --steps 20 \
-	    --out tests/parity/certificate-smollm2-135m.json $(ARGS)
+	OMP_NUM_THREADS=2 .venv-dev/bin/safework parity configs/quickstart.yaml $(ARGS) --steps 20 \
+	    --out tests/parity/certificate-smollm2-135m.json
 
 # One environment for each engine, and one with both for the tests.
 .venv-torch/ready: EXTRA = torch

@@ -143,10 +143,11 @@ def _is_formula(reference: str, answer: str) -> bool:
     return max(accumulate(steps), default=0) <= DEEPEST
 
 
-def _is_false_chain(reference: str, answer: str) -> bool:
-    """math-verify takes the last side of an equation, "3" of "x = 3"; of "4 = 3" and "1 = 2 = 3" it must not."""
-    left, _, _ = answer.rpartition("=")
-    return "=" not in reference and ("=" in left or read_number(left.strip()) is not None)
+def _has_a_wrong_side(reference: str, answer: str) -> bool:
+    """math-verify takes the last side of an equation, the 3 of "x = 3"; of "4 = 3" and "x = 4 = 3" it must not."""
+    wanted = read_number(reference)
+    sides = [read_number(side.strip()) for side in answer.split("=")]
+    return wanted is not None and any(side is not None and not side.equals(wanted) for side in sides)
 
 
 def _units_differ(reference: str, answer: str) -> bool:
@@ -217,7 +218,11 @@ class AnswerMatch(Verifier):
         numbers = read_number(reference), read_number(answer)
         if numbers[0] and numbers[1]:
             return numbers[0].equals(numbers[1])
-        if _is_false_chain(reference, answer) or _units_differ(reference, answer) or not _is_formula(reference, answer):
+        if (
+            _has_a_wrong_side(reference, answer)
+            or _units_differ(reference, answer)
+            or not _is_formula(reference, answer)
+        ):
             return False
         if (reference, answer) not in compared:
             compared[reference, answer] = self._math.equal(reference, answer)

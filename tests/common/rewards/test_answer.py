@@ -149,6 +149,8 @@ def test_what_is_no_number(text: str) -> None:
         (r"\boxed{4 = 5}", "5", 0),
         (r"\boxed{x = 1 = 2}", "2", 0),
         (r"\boxed{2+3=5}", "5", 1),
+        (r"\boxed{x = \frac{6}{2} = 3}", "3", 1),
+        (r"\boxed{6/2 = 3}", "3", 1),
         (r"\boxed{1/15}", "2:30", 0),
         (r"\boxed{2:30}", "2:30", 1),
         (r"\boxed{2018}", "2020-01-01", 0),
