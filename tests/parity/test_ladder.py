@@ -238,6 +238,29 @@ def test_damage_makes_its_own_rung_fail(what: str, measured: Path, tmp_path: Pat
     assert failed(measured, other) == rungs
 
 
+def test_agreeing_to_do_nothing_is_no_proof(measured: Path, tmp_path: Path) -> None:
+    both = tmp_path / "both"
+    shutil.copytree(measured / "right", both)
+    shutil.copyfile(both / "start" / "model.safetensors", both / "same-gradients" / "model.safetensors")
+    scale(both / "same-gradients" / "second_moment.safetensors", TENSOR, 0.0)
+    rungs = compare(_config(measured), measured / "recording", both, both)
+    assert {rung.name for rung in rungs if not rung.passed} == {
+        "update, same gradients",
+        "second moment, same gradients",
+    }
+
+
+@pytest.mark.parametrize("file", sorted(Path(__file__).parent.glob("certificate-*.json")), ids=lambda file: file.stem)
+def test_the_certificates_kept_here_are_of_this_ladder(file: Path, measured: Path) -> None:
+    now = compare(_config(measured), measured / "recording", measured / "right", measured / "right")
+    certificate = json.loads(file.read_text())
+    rungs = {rung["name"]: rung for rung in certificate["rungs"]}
+    assert certificate["passed"] is True and certificate["model"] == "embedded:smollm2"
+    assert rungs.keys() == {rung.name.replace("over 2 ", "over 20 ") for rung in now}
+    for name, rung in rungs.items():
+        assert 0 <= rung["figure"] <= rung["limit"], name
+
+
 def test_tensors_that_are_missing_are_an_error(measured: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(measured / "right", other)
