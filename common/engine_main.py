@@ -15,7 +15,7 @@ from contextlib import closing
 from pathlib import Path
 
 from common.config import ConfigError, LoadedConfig, load_config
-from common.experiment import load_data, open_chat, open_run, policy_folder, reference_folder
+from common.experiment import load_data, open_chat, open_run, policy_folder, reference_folder, refuse_other_data
 from common.export import export_model, exported_checkpoint
 from common.interrupt import Interrupt
 from common.loop import Loop
@@ -81,6 +81,7 @@ def _train(open_trainer: OpenTrainer, loaded: LoadedConfig, command: str) -> int
                 _export(run_dir, start.step, policy)
             print(f"{run_dir.path}: already trained for {start.step} steps; raise run.steps to go on. Nothing to do.")
             return 0
+        refuse_other_data(start, data)
         trainer = open_trainer(loaded, policy, reference)
         sampler = RolloutSampler(trainer, chat, config.rollout, config.run.seed)
         with closing(data.recipe), Interrupt() as interrupt, Reporter(config, start.step) as reporter:

@@ -16,7 +16,7 @@ from common.data.dataset import LoadedSource, Mixture, load_source
 from common.data.model_config import read_model_config
 from common.data.model_folder import model_folder
 from common.rewards.recipe import Recipe
-from common.run_dir import RunDir
+from common.run_dir import LoopState, RunDir
 from common.types import Prompt
 
 
@@ -116,6 +116,18 @@ def open_run(loaded: LoadedConfig) -> RunDir:
         raise _run_refusal(loaded, f"{problem} Wait for it or stop it, or give run.dir another path.")
     run_dir.write_config(explain(loaded))
     return run_dir
+
+
+def refuse_other_data(state: LoopState, data: Data) -> None:
+    """Raise ConfigError when a data file is not what it was when the run saved this state: its cursor means nothing in
+    another order, and every change of a file makes another order.
+    """
+    changed = [path for path, digest in data.digests.items() if state.data.get(path, digest) != digest]
+    if changed:
+        raise ConfigError(
+            f"{', '.join(changed)}: changed since this run saved its step {state.step}. Put the old contents back, "
+            "or start anew in another run.dir."
+        )
 
 
 def _run_refusal(loaded: LoadedConfig, problem: str) -> ConfigError:

@@ -41,7 +41,7 @@ def export_model(checkpoint: Path, source: Path, folder: Path, dtype: Literal["f
     if not _may_be_replaced(folder):
         raise NotSaved(f"{folder}: exists and is no earlier export, so it stays as it is. Name another folder.")
     try:
-        if not folder.parent.exists():
+        if not folder.parent.exists():  # a file there is for the next line to name: mkdir would say that it exists
             folder.parent.mkdir(parents=True, exist_ok=True)
         # A place of its own beside the folder: another export may run at the same time.
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:

@@ -11,7 +11,6 @@ import numpy as np
 from common.algorithms.advantages import advantages, informative
 from common.algorithms.schedule import learning_rate
 from common.config.run import RunConfig
-from common.config.section import ConfigError
 from common.data.batching import train_batches, with_old_logprobs
 from common.experiment import Data
 from common.interrupt import Interrupt
@@ -82,20 +81,10 @@ class Loop:
 
     def _resume(self) -> LoopState:
         state = self._run_dir.state()
-        self._refuse_other_data(state)
         self._run_dir.rewind_records(state)
         if state.step:
             self._trainer.restore(self._run_dir.checkpoint(state.step))
         return replace(state, data=self._data.digests)
-
-    def _refuse_other_data(self, state: LoopState) -> None:
-        """A cursor means nothing in another order, and every change of a file makes another order."""
-        changed = [path for path, digest in self._data.digests.items() if state.data.get(path, digest) != digest]
-        if changed:
-            raise ConfigError(
-                f"{', '.join(changed)}: changed since this run saved its step {state.step}. Put the old contents back, "
-                "or start anew in another run.dir."
-            )
 
     def _step(self, state: LoopState) -> LoopState:
         timer = Timer()

@@ -59,9 +59,9 @@ def objective(config: LossConfig, logprobs: Array, entropy: Array, arrays: Token
     losses = policy_loss(config, logprobs, old, advantages, arrays.sampled, arrays.segment_ids)
     loss_policy = (arrays.policy_weights * losses).sum()
 
-    trained = xp.where(arrays.policy_weights != 0, xp.ones_like(fixed), xp.zeros_like(fixed))
+    trained = _ones_where(arrays.policy_weights != 0, fixed)
     log_ratio = fixed - old
-    sampled = xp.where(arrays.kl_weights != 0, xp.ones_like(fixed), xp.zeros_like(fixed))
+    sampled = _ones_where(arrays.kl_weights != 0, fixed)
     # Where the sampler's own logprobs stand in for the old ones, only the policy's of now can differ from them.
     mismatch = (arrays.sampling_logprobs - (fixed if config.old_logprobs == "sampler" else old)) * sampled
     sums = Sums(
@@ -92,7 +92,13 @@ def _clipped(config: LossConfig, log_ratio: Array, advantages: Array, arrays: To
             held = above
         case _:
             held = (above & (advantages > 0)) | (below & (advantages < 0))
-    return xp.where(held, xp.ones_like(ratio), xp.zeros_like(ratio))
+    return _ones_where(held, ratio)
+
+
+def _ones_where(mask: Array, like: Array) -> Array:
+    """1.0 where the mask holds, else 0.0, in the shape and dtype of `like`."""
+    xp = namespace(like)
+    return xp.where(mask, xp.ones_like(like), xp.zeros_like(like))
 
 
 def add_sums(left: Sums, right: Sums) -> Sums:

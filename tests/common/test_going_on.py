@@ -90,7 +90,8 @@ def test_a_data_file_that_changed_is_an_error(tmp_path: Path, capsys: pytest.Cap
     [source] = load_config([run_file]).config.data.train
     lines = Path(source.path).read_text().splitlines(keepends=True)
     Path(source.path).write_text("".join(lines[:-1]))
-    assert train(run_file, "run.steps=6").status == 1
+    refused = train(run_file, "run.steps=6")
+    assert (refused.status, refused.trainers) == (1, [])
     assert f"error: {source.path}: changed since this run saved its step 4. " in capsys.readouterr().err
     assert unchanged(tmp_path / "run").keys() == before.keys()
     Path(source.path).write_text("".join(lines))
