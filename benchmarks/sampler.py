@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+import safework_torch  # noqa: F401  (before torch: it decides how torch's threads wait)
 from common.data.chat import Chat
 from common.data.model_folder import model_folder
 from common.rollout.sampler import uniforms
@@ -79,7 +80,7 @@ def report(title: str, speeds: dict[str, list[float]]) -> None:
 
 def open_samplers(model: str, threads: int) -> tuple[Chat, dict[str, Sampler]]:
     """transformers, torch and jax over the same weights, and their tokenizer."""
-    # Engines are imported here, once OMP_NUM_THREADS is set.
+    # torch is imported here, once OMP_NUM_THREADS is set.
     import torch
 
     from safework_torch.model import load_model

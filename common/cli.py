@@ -19,7 +19,7 @@ from common.engine_main import USER_ERRORS, split_arguments
 from common.experiment import load_data, open_chat, policy_folder, reference_folder
 from common.export import DTYPES, export_model
 from common.parity.ladder import certificate, compare, table
-from common.run_dir import RunDir
+from common.run_dir import RunDir, not_written
 
 CONFIG_HELP = "run files (YAML) and key=value overrides; later ones win"
 
@@ -125,14 +125,18 @@ def _parity(arguments: argparse.Namespace) -> int:
     console = Console()
     with tempfile.TemporaryDirectory(prefix="safework-parity-") as name:
         folder = Path(name)
-        recording, gradients = folder / "recording", folder / "gradients.safetensors"
+        recording, gradients = folder / "recording", folder / "torch" / "gradients-on.safetensors"
         _run_engine("torch", "record", str(recording), str(arguments.steps), *arguments.config)
         for engine in ("torch", "jax"):
             console.print(f"measuring {engine}")
             _run_engine(engine, "measure", str(recording), str(gradients), str(folder / engine), *arguments.config)
         rungs = compare(config, recording, folder / "torch", folder / "jax")
-        arguments.out.write_text(json.dumps(certificate(config, recording, rungs), indent=1) + "\n")
+        written = json.dumps(certificate(config, recording, rungs), indent=1) + "\n"
     console.print(table(rungs))
+    try:
+        arguments.out.write_text(written)
+    except OSError as error:
+        raise not_written(arguments.out, error, "start the same command again") from error
     failed = [rung.name for rung in rungs if not rung.passed]
     console.print(f"{arguments.out}: {'FAILED: ' + ', '.join(failed) if failed else 'passed'}")
     return 1 if failed else 0

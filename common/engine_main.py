@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from common.config import ConfigError, LoadedConfig, load_config
@@ -24,7 +24,7 @@ from common.parity.recording import record
 from common.reporting import Reporter
 from common.rewards.scorer import ScoreMissing
 from common.rollout.sampler import RolloutSampler
-from common.run_dir import NotSaved, RunDir
+from common.run_dir import NotSaved, RunDir, not_written
 from common.trainer import NonFiniteUpdate
 
 OpenTrainer = Callable[[LoadedConfig, Path, Path | None], ParityTrainer]
@@ -49,10 +49,7 @@ def run_verb(open_trainer: OpenTrainer, words: Sequence[str]) -> int:
             case ["record", folder, steps, *config]:
                 return _record(open_trainer, _load(config), Path(folder), int(steps))
             case ["measure", recording, gradients, folder, *config]:
-                loaded = _load(config)
-                trainer = open_trainer(loaded, policy_folder(loaded), None)
-                measure(loaded.config, trainer, Path(recording), Path(gradients), Path(folder))
-                return 0
+                return _measure(open_trainer, _load(config), Path(recording), Path(gradients), Path(folder))
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -109,8 +106,23 @@ def _record(open_trainer: OpenTrainer, loaded: LoadedConfig, folder: Path, steps
     chat = open_chat(loaded, policy)
     data = load_data(loaded, chat)
     sampler = RolloutSampler(open_trainer(loaded, policy, None), chat, config.rollout, config.run.seed)
-    try:
+    with closing(data.recipe), _temporary(folder):
         record(config, data, sampler, folder, steps)
-    finally:
-        data.recipe.close()
     return 0
+
+
+def _measure(open_trainer: OpenTrainer, loaded: LoadedConfig, recording: Path, gradients: Path, folder: Path) -> int:
+    trainer = open_trainer(loaded, policy_folder(loaded), None)
+    with _temporary(folder):
+        measure(loaded.config, trainer, recording, gradients, folder)
+    return 0
+
+
+@contextmanager
+def _temporary(folder: Path) -> Iterator[None]:
+    """Parity's files are of no use after it; what else can be said when the disk refuses them is where to put them."""
+    try:
+        yield
+    except OSError as error:
+        then = "start the same command again, or set TMPDIR to a folder with more room"
+        raise not_written(error.filename or folder, error, then) from error

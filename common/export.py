@@ -11,7 +11,7 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 
-from common.run_dir import NotSaved, flush_to_disk, refused_write
+from common.run_dir import NotSaved, flush_to_disk, not_written
 from common.state_files import read_parameters, save_tensors
 
 # What travels with the weights, beside config.json.
@@ -52,8 +52,7 @@ def export_model(checkpoint: Path, source: Path, folder: Path, dtype: Literal["f
             flush_to_disk(new)
             _put_in_place(new, folder, Path(scratch) / "old")
     except OSError as error:
-        reason, remedy = refused_write(error)
-        raise NotSaved(f"{folder}: could not be written ({reason}). {remedy} and run safework export again.") from error
+        raise not_written(folder, error, "run safework export again") from error
 
 
 def _put_in_place(new: Path, folder: Path, old: Path) -> None:

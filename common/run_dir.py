@@ -39,10 +39,12 @@ class NotSaved(RuntimeError):
     """
 
 
-def refused_write(error: OSError) -> tuple[str, str]:
-    """Why a write failed, and the beginning of what to do about it."""
+def not_written(path: Path | str, error: OSError, then: str, safe: str = "") -> NotSaved:
+    """What to raise when the disk refused a write; `then`: what to do once that is mended, `safe`: what is not lost."""
     is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return error.strerror or str(error), "Make room on the disk" if is_full else "Mend that"
+    remedy = "Make room on the disk" if is_full else "Mend that"
+    kept = f"; {safe}" if safe else ""
+    return NotSaved(f"{path}: could not be written ({error.strerror or error}){kept}. {remedy} and {then}.")
 
 
 @dataclass(frozen=True)
@@ -180,8 +182,7 @@ class RunDir:
     def _not_saved(self, path: Path, error: OSError) -> NotSaved:
         steps = self.saved_steps()
         safe = f"the checkpoint of step {steps[-1]} is complete" if steps else "no checkpoint was complete yet"
-        reason, remedy = refused_write(error)
-        return NotSaved(f"{path}: could not be written ({reason}); {safe}. {remedy} and start the same command again.")
+        return not_written(path, error, "start the same command again", safe)
 
 
 def _free_name(path: Path) -> Path:

@@ -58,6 +58,12 @@ def save_tensors(tensors: Mapping[str, np.ndarray], file: Path, metadata: dict[s
     file.chmod(0o666 & ~umask)
 
 
+def drop_moments(folder: Path) -> None:
+    """Remove all but the parameters of what `write_state` wrote."""
+    for field in ("first_moment", "second_moment"):
+        (folder / _FILES[field]).unlink()
+
+
 def read_parameters(folder: Path) -> dict[str, np.ndarray]:
     """The parameters alone of what `write_state` wrote."""
     return load_file(folder / _FILES["parameters"])

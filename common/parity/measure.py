@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Protocol, get_args
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from common.config import RunConfig
 from common.config.method import LossConfig
 from common.parity.recording import NOISE, batches, off_policy
+from common.state_files import drop_moments, save_tensors
 from common.trainer import PolicyTrainer, Sampling, SamplingPrompt
 from common.types import TrainBatch
 
@@ -56,8 +57,8 @@ def loss_cases(config: RunConfig, batch: TrainBatch) -> dict[str, tuple[LossConf
 def measure(config: RunConfig, trainer: ParityTrainer, recording: Path, gradients: Path, folder: Path) -> None:
     """Run every rung on the recorded batches.
 
-    gradients: the safetensors file whose gradients the optimizer rung applies, the same for both engines; written here
-    when it does not exist yet.
+    gradients: the safetensors file whose gradients the optimizer rung applies, the same for both engines; it may be
+    the one of the on-policy gradients written here. Raises OSError when the disk does.
     """
     folder.mkdir(parents=True, exist_ok=True)
     recorded = batches(recording)
@@ -68,13 +69,11 @@ def measure(config: RunConfig, trainer: ParityTrainer, recording: Path, gradient
     losses: dict[str, float] = {}
     for name, batch in (("on", on), ("off", off_policy(on))):
         losses[f"own/{name}"], found = trainer.named_gradients(batch, config.loss)
-        save_file(found, folder / f"gradients-{name}.safetensors")
-    if not gradients.exists():
-        save_file(load_file(folder / "gradients-on.safetensors"), gradients)
+        save_tensors(found, folder / f"gradients-{name}.safetensors", {})
     slopes: dict[str, np.ndarray] = {}
     for name, (loss, batch) in loss_cases(config, on).items():
         losses[name], slopes[name] = trainer.loss_gradient(batch, loss, logprobs)
-    save_file(slopes, folder / "loss-gradients.safetensors")
+    save_tensors(slopes, folder / "loss-gradients.safetensors", {})
     (folder / "losses.json").write_text(json.dumps(losses, indent=1))
     _steps(trainer, recorded, config.loss, gradients, folder)
 
@@ -98,17 +97,19 @@ def _recorded_prompts(batch: TrainBatch) -> Iterator[np.ndarray]:
 
 
 def _steps(trainer: ParityTrainer, recorded: list[TrainBatch], loss: LossConfig, gradients: Path, folder: Path) -> None:
-    """The rungs that move the weights, each from the same start."""
+    """The rungs that move the weights, each from the same start. Moments that no rung reads leave the disk at once."""
     start = _folder(folder / "start")
     trainer.save(start)
+    trainer.update(recorded[0], LEARNING_RATE)
+    trainer.save(_folder(folder / "live-gradients"))
+    drop_moments(folder / "live-gradients")
+    trainer.restore(start)
     shared = load_file(gradients)
     for step in range(OPTIMIZER_STEPS):
         trainer.apply_gradients(_varied(shared, step), LEARNING_RATE)
     trainer.save(_folder(folder / "same-gradients"))
     trainer.restore(start)
-    trainer.update(recorded[0], LEARNING_RATE)
-    trainer.save(_folder(folder / "live-gradients"))
-    trainer.restore(start)
+    drop_moments(start)
     (folder / "curve.json").write_text(json.dumps(_curve(trainer, recorded, loss), indent=1))
 
 

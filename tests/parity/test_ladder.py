@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from importlib import metadata
@@ -19,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from common.config import load_config
 from common.data.embedded_model import embedded_model
 from common.parity.ladder import PACKAGES, Rung, compare
+from tests.full_disk import small_disk
 from tests.runs import finish, safework, start
 from tests.tiny import make_model
 from tests.training import ROOT, write_run
@@ -79,6 +81,24 @@ def test_a_failed_ladder_is_a_failed_command(tmp_path: Path) -> None:
     assert not next(rung for rung in certificate["rungs"] if rung["name"] == "logprob difference")["passed"]
 
 
+def test_a_full_disk_is_said_with_another_place_for_the_files(tmp_path: Path) -> None:
+    run = write_run(tmp_path, make_model(tmp_path / "model"))
+    with small_disk(tmp_path / "disk") as disk:
+        done = finish(start("common.cli", "parity", run, "--steps", "1", "--out", tmp_path / "out", TMPDIR=str(disk)))
+        assert not list(disk.glob("safework-*"))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.search(rf"error: {disk}/.*safetensors: could not be written \(.+\)\. Make room on the disk", done.stderr)
+    assert "or set TMPDIR to a folder with more room." in done.stderr
+
+
+def test_a_certificate_that_cannot_be_written_comes_after_the_table(tmp_path: Path) -> None:
+    run = write_run(tmp_path, make_model(tmp_path / "model", num_hidden_layers=1))
+    done = safework("parity", run, "--steps", "1", "--out", tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "update, live gradients" in done.stdout
+    assert f"error: {tmp_path}: could not be written (Is a directory)" in done.stderr
+
+
 @pytest.mark.slow
 def test_every_rung_passes_on_the_embedded_model_up_to_one_step(tmp_path: Path) -> None:
     files = [ROOT / "configs" / "data" / f"{name}.jsonl" for name in ("general_rule", "instruction_rule")]
@@ -110,7 +130,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def measure(folder: Path, out: Path, *overrides: str) -> None:
     """Torch's side of the ladder."""
-    _torch("measure", folder / "recording", folder / "gradients.safetensors", out, folder / "run.yaml", *overrides)
+    gradients = folder / "right" / "gradients-on.safetensors"
+    _torch("measure", folder / "recording", gradients, out, folder / "run.yaml", *overrides)
 
 
 def _torch(*words: str | Path) -> None:
