@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rows-per-microbatch", type=int, default=4)
-    parser.add_argument("--recompute", default="none", choices=("none", "dots", "full"))
+    parser.add_argument("--recompute", default="dots", choices=("none", "dots", "full"))
     parser.add_argument("--side", choices=SIDES)
     arguments = parser.parse_args()
     if arguments.side:

@@ -231,11 +231,14 @@ def attention(query: jax.Array, remembered: KeyValues, visible: jax.Array) -> ja
     """
     keys, values = remembered
     grouped = query.reshape(*query.shape[:2], keys.shape[1], -1, query.shape[-1])
-    scores = jnp.einsum("btkgd,bksd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
+    # Moved before the product, for which XLA would else move the far larger scores.
+    grouped = jnp.moveaxis(grouped, 1, 3)
+    scores = jnp.einsum("bkgtd,bksd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
     scores = scores * query.shape[-1] ** -0.5
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("bkgts,bksd->btkgd", weights, values).reshape(query.shape)
+    mixed = jnp.einsum("bkgts,bksd->bkgtd", weights, values)
+    return jnp.moveaxis(mixed, 3, 1).reshape(query.shape)
 
 
 def run_layers(
