@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from common.config import ConfigError, LoadedConfig, load_config
@@ -89,7 +89,8 @@ def _train(open_trainer: OpenTrainer, loaded: LoadedConfig, command: str) -> int
             done = (
                 f"stopped and saved after step {state.step} of {config.run.steps}" if state.step else "stopped at once"
             )
-            print(f"{done}. To go on: {command}", file=sys.stderr)
+            with suppress(BrokenPipeError):  # nobody may be reading any more
+                print(f"{done}. To go on: {command}", file=sys.stderr)
             return INTERRUPTED
         _export(run_dir, state.step, policy)
     print(f"done: {run_dir.path}/export holds the trained model, metrics.jsonl and rollouts.jsonl the record")

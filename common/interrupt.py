@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -29,4 +30,5 @@ class Interrupt:
             raise KeyboardInterrupt
         self.requested = True
         # Not print: the signal may have come in the middle of one, and a buffered stream cannot be entered twice.
-        os.write(STDERR, b"stopping after this step (again: at once, losing it)\n")
+        with suppress(OSError):  # nobody may be reading any more
+            os.write(STDERR, b"stopping after this step (again: at once, losing it)\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,12 +38,21 @@ class Wandb(Protocol):
     def finish(self) -> None: ...
 
 
+class _Console(Console):
+    """Falls silent when its reader has gone, like `tee` after Ctrl-C: a run goes on and saves without being watched."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        # What others print later goes nowhere too, instead of raising.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Reporter:
     """Console and W&B output of one run. Use as a context."""
 
     def __init__(self, config: RunConfig, first_step: int) -> None:
         self._config = config
-        self._console = Console()
+        self._console = _Console()
         self._wandb = _open_wandb(config)
         self._training_s, self._first = 0.0, first_step
         self._progress = Progress(

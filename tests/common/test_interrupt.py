@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.numpy_run import train
-from tests.runs import finish, lowercase_run, read_lines, running, saved_steps, start, untimed, wait_until
+from tests.runs import DEADLINE, finish, lowercase_run, read_lines, running, saved_steps, start, untimed, wait_until
 
 ENGINE = "tests.numpy_trainer"
 
@@ -40,6 +40,24 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path: Path, 
     assert going_on.status == straight.status == 0
     assert untimed(going_on.metrics) == untimed(straight.metrics)
     assert going_on.rollouts == straight.rollouts
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["stdout", "stdout and stderr"])
+def test_a_run_whose_reader_has_gone_goes_on_and_saves(tmp_path: Path, both: bool) -> None:
+    # Ctrl-C ends `| tee log` as well, and it is gone before the step is finished.
+    run_file = lowercase_run(tmp_path, checkpoint={"every": 1000})
+    folder = run_file.parent / "run"
+    with running(ENGINE, "train", run_file, "run.steps=100000") as process:
+        wait_until(lambda: metric_lines(folder) >= 3, process)
+        for stream in (process.stdout, process.stderr if both else None):
+            if stream is not None:
+                stream.close()
+        printed = metric_lines(folder) + 3
+        wait_until(lambda: metric_lines(folder) >= printed, process)
+        process.send_signal(signal.SIGINT)
+        process.wait(DEADLINE)
+    assert process.returncode == 130
+    assert saved_steps(folder) == [metric_lines(folder)]
 
 
 def test_a_second_signal_stops_at_once_and_the_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
