@@ -62,6 +62,7 @@ class MathProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | threads | {"PYTHONPATH": path},
+            start_new_session=True,  # a signal for the trainer and its group is not one for the worker
         )
         if self._ask(self._process, b"", STARTUP_S) is None:
             code = self._process.poll()

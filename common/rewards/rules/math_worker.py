@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import resource
-import signal
 import sys
 
 MEMORY_LIMIT = 4 * 2**30
@@ -27,7 +26,6 @@ def _limit_processor_time(seconds: float) -> None:
 
 def main(limit_s: float) -> None:
     """Answer until standard input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The protocol keeps the real standard output to itself: whatever a library prints goes to standard error.
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

@@ -41,6 +41,13 @@ def test_compares_and_stays(worker: MathProcess) -> None:
     assert worker.pid == pid is not None
 
 
+def test_signals_of_the_trainers_group_do_not_reach_it(worker: MathProcess) -> None:
+    assert worker.equal("1/2", "0.5") is True
+    assert worker.pid is not None
+    assert os.getpgid(worker.pid) != os.getpgid(0)
+    assert os.getsid(worker.pid) != os.getsid(0)  # nor do those of its terminal
+
+
 def test_odd_input_is_not_equal(worker: MathProcess) -> None:
     for text in ("}{", r"\frac{", "\n\n", '"', "\u2028", "\\", "你好"):
         assert worker.equal("1", text) is False
@@ -77,15 +84,6 @@ def test_a_worker_that_dies_while_it_compares_is_missing(worker: MathProcess) ->
     killer.wait()
     slow.close()
     assert result == Missing(f'comparing the answer "{ENDLESS}" with the reference "7" died (exit code -9) within 20 s')
-
-
-def test_interrupt_is_ignored(worker: MathProcess) -> None:
-    worker.equal("1", "1")
-    pid = worker.pid
-    assert pid is not None
-    os.kill(pid, signal.SIGINT)
-    assert worker.equal("1", r"\sqrt{1}") is True
-    assert worker.pid == pid
 
 
 def test_close_ends_the_worker_and_scoring_may_go_on(worker: MathProcess) -> None:
