@@ -38,7 +38,10 @@ _UNIT = re.compile(r"\d ?(?:\\(?:text|mathrm)\{ ?)?([A-Za-z]+) ?\}?(\^\{?[23]\}?
 _FUNCTION = re.compile(
     r"\\[A-Za-z]+(?:\{[^{}]*\})?|\b(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|mod|max|min|gcd|lcm|inf)\b"
 )
+# Commas between groups of three digits, of which LaTeX has spellings that are nothing else.
+_GROUPED = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 _TIDY = [
+    (r"(?<=\d)(?:\{,\}\\?!?|,\\!)(?=\d{3}(?!\d))", ""),
     (r"(?<!\\)\\[()\[\]!,;: ]|\\?[$€£¥]|\\(?:left|right|displaystyle)\b", ""),
     (r"\\[dt]frac\b", r"\\frac"),
     (r"\\%", "%"),
@@ -155,6 +158,13 @@ def _units_differ(reference: str, answer: str) -> bool:
     return len(units) == 2 and units[0] != units[1] and all(unit in _UNITS for unit, _ in units)
 
 
+def _ungrouped(text: str) -> str:
+    """The text with its thousands joined, which math-verify takes for several numbers. Tuples and sets keep commas."""
+    if re.search(r"[(\[]|\\\{", text):
+        return text
+    return _GROUPED.sub(lambda found: found[0].replace(",", ""), text)
+
+
 class AnswerMatch(Verifier):
     r"""1 if the final answer equals the reference (a text or a number), else 0.
 
@@ -162,8 +172,9 @@ class AnswerMatch(Verifier):
     is no box. Compared exactly after normalisation, then as numbers, then with math-verify in a process of its own,
     `limit_s` seconds each; a comparison that runs out of time is `Missing`. A reference in words or with a time or
     date, and an answer of more than 300 characters, 10 nested brackets or with towers of powers, must match exactly.
-    Units are not compared, but for abbreviations like cm and kg. A reference may be a whole solution: its last
-    \boxed{}, or what follows "####", is then the answer.
+    Units are dropped where math-verify knows them, and compared where they are abbreviations like cm and kg; any other
+    belongs into \text{}. A reference may be a whole solution: its last \boxed{}, or what follows "####", is then the
+    answer.
     """
 
     name = "answer"
@@ -180,7 +191,8 @@ class AnswerMatch(Verifier):
         """Raise ValueError unless the reference is a finite number or a text that holds an answer."""
         reference = prompt.reference
         is_number = isinstance(reference, int | float) and not isinstance(reference, bool)
-        if not (is_number and math.isfinite(reference)):
+        # A whole number is finite, and one of 400 digits is no float.
+        if not (is_number and (isinstance(reference, int) or math.isfinite(reference))):
             answer = reference_answer(reference) if isinstance(reference, str) else ""
             if not answer or r"\boxed" in answer:
                 raise ValueError(f"The reference must be a non-blank text or a finite number; got {reference!r}.")
@@ -225,5 +237,5 @@ class AnswerMatch(Verifier):
         ):
             return False
         if (reference, answer) not in compared:
-            compared[reference, answer] = self._math.equal(reference, answer)
+            compared[reference, answer] = self._math.equal(_ungrouped(reference), _ungrouped(answer))
         return compared[reference, answer]

@@ -66,7 +66,10 @@ def keywords(statement: Statement) -> Check | None:
     if found := statement.match(rf"{_NAME}{LITERAL} ?(?:(?:must |should )?{passive} |出现|使用)?{Q} ?(?:times?|次)"):
         return counted(found["q"], lambda answer: _occurrences(words[0], answer))
     if found := statement.match(rf"{_NAME}{LIST}(?: (?:must |should )?{passive})?"):
-        enough = any if re.search(r" or |或", found[0]) else all
+        any_will_do, all_are_needed = (re.search(word, found[0]) for word in (r" or |或", r" and |和|与|及"))
+        if any_will_do and all_are_needed:  # of "a or b and c" it would have to be guessed what belongs together
+            return None
+        enough = any if any_will_do else all
         return lambda answer: enough(present(answer))
     return None
 

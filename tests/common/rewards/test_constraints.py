@@ -152,6 +152,8 @@ def test_all_twelve_kinds_are_tested() -> None:
         ("Words", "fewer than 0 words"),
         ("Sentences", "must not contain at most 3 sentences"),
         ("Keywords", "include a fruit"),
+        ("Keywords", "must include 'a' or 'b' and 'c'"),
+        ("Keywords", "必须包含'春'或'夏'和'秋'"),
         ("Keywords", "include the keyword §"),
         ("Keywords", "Must include the keyword 'to' as part of the infinitive"),
         ("Identifiers", "Each example must start with 'Example:'"),
