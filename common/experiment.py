@@ -16,6 +16,7 @@ from common.data.dataset import LoadedSource, Mixture, load_source
 from common.data.model_config import read_model_config
 from common.data.model_folder import model_folder
 from common.rewards.recipe import Recipe
+from common.rollout.sampler import sampling_rule
 from common.run_dir import LoopState, RunDir
 from common.types import Prompt
 
@@ -149,10 +150,12 @@ def policy_folder(loaded: LoadedConfig) -> Path:
 def open_chat(loaded: LoadedConfig, policy: Path) -> Chat:
     """The tokenizer and chat template of the policy's folder.
 
-    Raises ConfigError when the tokenizer has ids for which the model has no embedding.
+    Raises ConfigError when the tokenizer has ids for which the model has no embedding, or the config has a stop string
+    that is none of its tokens.
     """
     chat = Chat(policy, loaded.config.model.system)
     _check_embedding(loaded, "model.path", loaded.config.model.path, policy, chat)
+    sampling_rule(loaded.config.rollout, chat)
     return chat
 
 

@@ -42,7 +42,7 @@ class Chat:
 
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"model folder {folder}: no usable tokenizer ({str(error).splitlines()[0]})") from None
         if self._tokenizer.chat_template is None:
             raise ConfigError(
@@ -83,17 +83,19 @@ class Chat:
         if (folder / "generation_config.json").exists():
             try:
                 listed = GenerationConfig.from_pretrained(folder).eos_token_id
-            except (OSError, ValueError) as error:
+                ids |= {int(token) for token in (listed if isinstance(listed, list) else [listed]) if token is not None}
+            except (OSError, ValueError, TypeError) as error:
                 reason = str(error).splitlines()[0]
                 raise ConfigError(f"model folder {folder}: no usable generation_config.json ({reason})") from None
-            ids |= set(listed) if isinstance(listed, list) else {listed}
         return tuple(sorted(token for token in ids if token is not None))
 
     def _check_pieces(self, folder: Path) -> None:
         """Some tokenizers read a text differently after a control token than alone; their prompts would be off."""
-        turns = [message._asdict() for message in _PROBE]
-        expected = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-        if self._encode(self._render(turns)) != expected:
+        # Some templates want a system turn, and some refuse one.
+        system = [] if self._system is None else [Message("system", "Be brief.")]
+        turns = [message._asdict() for message in (*system, *_PROBE)]
+        pieces = self._encode(self._render(turns))
+        if pieces != self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False):
             raise ConfigError(
                 f"model folder {folder}: its tokenizer joins text and control tokens (it strips or adds spaces there), "
                 "which is not supported. Use a model with a byte-level tokenizer."

@@ -29,7 +29,10 @@ def open_tensors(folder: Path, files: ExitStack) -> dict[str, Any]:
     index = folder / "model.safetensors.index.json"
     shards = ["model.safetensors"]
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"its {index.name} is damaged ({error!r}). Download the model again.") from None
     tensors = {}
     for shard in shards:
         if not (folder / shard).is_file():

@@ -48,7 +48,7 @@ def read_records(path: Path, reference_key: str | None) -> Iterator[Prompt | Bad
 def _json(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError alike
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError alike; lists in lists
         raise BadRecord(f"not valid JSON ({error}). Write one JSON object a line, in UTF-8.") from None
     try:
         json.dumps(record, ensure_ascii=False, allow_nan=False).encode()

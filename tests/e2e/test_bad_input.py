@@ -107,6 +107,10 @@ def test_check_finds_a_tokenizer_that_reaches_past_the_embedding(begun: Path, tm
     assert "vocab_size = 100. Use the tokenizer" in error
 
 
+def test_check_finds_a_stop_string_that_is_no_token(begun: Path) -> None:
+    assert "rollout.stop = ['foo bar']: not single tokens" in said(safework("check", begun, "rollout.stop=[foo bar]"))
+
+
 def test_a_long_override_is_no_file_name(begun: Path) -> None:
     words = ("data.max_prompt_tokens=1100", "batch.row_tokens=1200", f"model.system={'Be kind. ' * 100}")
     assert safework("check", begun, *words).returncode == 0

@@ -68,6 +68,15 @@ def test_a_tied_head_may_be_there_but_not_differ(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("text", ["{bad", "{}", '{"weight_map": [1]}', "[]", "7"])
+def test_a_damaged_index_is_named(text: str, tmp_path: Path) -> None:
+    (make_model(tmp_path / "model") / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(
+        ConfigError, match=r"its model\.safetensors\.index\.json is damaged \(.*\)\. Download the model"
+    ):
+        model_folder(str(tmp_path / "model"))
+
+
 def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     file = make_model(tmp_path / "model") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])

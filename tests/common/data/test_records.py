@@ -162,6 +162,7 @@ def test_the_word_image_in_a_record_that_has_no_images_is_text(tmp_path: Path) -
     ("record", "why"),
     [
         ("{", "not valid JSON ("),
+        ("[" * 100_000, "not valid JSON ("),
         ('{"prompt": "hi", "label": "l", "reference": NaN}', "holds a number or a character that no UTF-8 JSON file"),
         ('{"prompt": "hi", "label": "l", "reference": 1e999}', "holds a number or a character that no UTF-8 JSON"),
         ('{"prompt": "half \\ud800", "label": "l"}', "holds a number or a character that no UTF-8 JSON file can carry"),
