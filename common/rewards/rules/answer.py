@@ -38,10 +38,9 @@ _UNIT = re.compile(r"\d ?(?:\\(?:text|mathrm)\{ ?)?([A-Za-z]+) ?\}?(\^\{?[23]\}?
 _FUNCTION = re.compile(
     r"\\[A-Za-z]+(?:\{[^{}]*\})?|\b(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|mod|max|min|gcd|lcm|inf)\b"
 )
-# Commas between groups of three digits, of which LaTeX has spellings that are nothing else.
 _GROUPED = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 _TIDY = [
-    (r"(?<=\d)(?:\{,\}\\?!?|,\\!)(?=\d{3}(?!\d))", ""),
+    (r"(?<=\d)(?:\{,\}\\?!?|,\\!)(?=\d{3}(?!\d))", ""),  # in LaTeX a comma of thousands and of nothing else
     (r"(?<!\\)\\[()\[\]!,;: ]|\\?[$€£¥]|\\(?:left|right|displaystyle)\b", ""),
     (r"\\[dt]frac\b", r"\\frac"),
     (r"\\%", "%"),
@@ -159,10 +158,12 @@ def _units_differ(reference: str, answer: str) -> bool:
 
 
 def _ungrouped(text: str) -> str:
-    """The text with its thousands joined, which math-verify takes for several numbers. Tuples and sets keep commas."""
-    if re.search(r"[(\[]|\\\{", text):
-        return text
-    return _GROUPED.sub(lambda found: found[0].replace(",", ""), text)
+    """The text with its thousands joined, which math-verify takes for several numbers.
+
+    A tuple, a set and a list, which has commas of its own, stay as they are: in "5, 100,200" no comma is of thousands.
+    """
+    joined = _GROUPED.sub(lambda found: found[0].replace(",", ""), text)
+    return text if re.search(r"[(\[,]|\\\{", joined) else joined
 
 
 class AnswerMatch(Verifier):

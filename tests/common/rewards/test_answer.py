@@ -141,6 +141,8 @@ def test_what_is_no_number(text: str) -> None:
         (r"\boxed{(1,024)}", "1024", 0),  # a pair
         (r"\boxed{\{1,024\}}", "1024", 0),
         (r"\boxed{1,02\pi}", r"102\pi", 0),
+        (r"\boxed{5, 100,200}", "5, 100, 200", 1),  # a list
+        (r"\boxed{x, 100,200}", "x, 100200", 0),
         (r"\boxed{\{2, 1\}}", r"\{1, 2\}", 1),
         (r"\boxed{(1, 2)}", "(2, 1)", 0),
         (r"\boxed{10 \text{ meters}}", "10", 1),
