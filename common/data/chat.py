@@ -10,6 +10,7 @@ import os
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from operator import index
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,9 @@ class Chat:
         if (folder / "generation_config.json").exists():
             try:
                 listed = GenerationConfig.from_pretrained(folder).eos_token_id
-                ids |= {int(token) for token in (listed if isinstance(listed, list) else [listed]) if token is not None}
+                ids |= {
+                    index(token) for token in (listed if isinstance(listed, list) else [listed]) if token is not None
+                }
             except (OSError, ValueError, TypeError) as error:
                 reason = str(error).splitlines()[0]
                 raise ConfigError(f"model folder {folder}: no usable generation_config.json ({reason})") from None

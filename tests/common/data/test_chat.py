@@ -198,7 +198,9 @@ def test_tokenizer_that_eats_the_space_after_a_control_token_is_refused(tmp_path
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "generation_config.json"])
-@pytest.mark.parametrize("text", ['{"version": "1.0", "eos_token_id": "x"}', "[]", "{bad"])
+@pytest.mark.parametrize(
+    "text", ['{"version": "1.0", "eos_token_id": "x"}', '{"version": "1.0", "eos_token_id": 2.5}', "[]", "{bad"]
+)
 def test_damaged_files_are_named(file: str, text: str, tmp_path: Path) -> None:
     (make_chat_folder(tmp_path, LLAMA3) / file).write_text(text)
     with pytest.raises(ConfigError, match=rf"model folder {tmp_path}: no usable {file.removesuffix('.json')}"):
@@ -214,7 +216,8 @@ def test_a_template_that_is_no_template_is_told(tmp_path: Path) -> None:
 def test_a_template_that_wants_a_system_turn_gets_the_configured_one(tmp_path: Path) -> None:
     wants = "{%- if messages[0].role != 'system' -%}{{ raise_exception('no system turn') }}{%- endif -%}"
     folder = make_chat_folder(tmp_path, QWEN._replace(template=wants + QWEN.template))
-    assert "Answer." in Chat(folder, "Answer.").decode(Chat(folder, "Answer.").encode_prompt([Message("user", "Hi")]))
+    chat = Chat(folder, "Answer.")
+    assert "Answer." in chat.decode(chat.encode_prompt([Message("user", "Hi")]))
     with pytest.raises(ConfigError, match=r"\(no system turn\)\. Change the turns, or model\.system"):
         Chat(folder)
 
