@@ -41,11 +41,26 @@ def test_compares_and_stays(worker: MathProcess) -> None:
     assert worker.pid == pid is not None
 
 
-def test_signals_of_the_trainers_group_do_not_reach_it(worker: MathProcess) -> None:
-    assert worker.equal("1/2", "0.5") is True
-    assert worker.pid is not None
-    assert os.getpgid(worker.pid) != os.getpgid(0)
-    assert os.getsid(worker.pid) != os.getsid(0)  # nor do those of its terminal
+SIGNALLED = r"""
+import os, signal
+from common.rewards.rules.math_process import MathProcess
+
+signals = (signal.SIGINT, signal.SIGTERM)
+for number in signals:
+    signal.signal(number, lambda *_: None)
+worker = MathProcess(limit_s=20.0)
+assert worker.equal("1", "1") is True
+pid = worker.pid
+for number in signals:
+    os.killpg(0, number)
+assert worker.equal("1", r"\sqrt{1}") is True
+assert worker.pid == pid is not None
+worker.close()
+"""
+
+
+def test_signals_of_the_trainers_group_do_not_reach_it() -> None:
+    subprocess.run([sys.executable, "-c", SIGNALLED], cwd=ROOT, start_new_session=True, check=True, timeout=120)
 
 
 def test_odd_input_is_not_equal(worker: MathProcess) -> None:
