@@ -87,19 +87,38 @@ class Sample(NamedTuple):
     rollout: Rollout
 
 
+class Asked(NamedTuple):
+    """How a question to a judge's model went: which model it was, the seconds until a server had room for it, those
+    from then to the answer; `cached` when the answer was known before.
+    """
+
+    model: str
+    queue_s: float
+    latency_s: float
+    cached: bool
+
+
 @dataclass(frozen=True)
 class Score:
-    """What one verifier says of one response. `evidence` is the short text a person would want to see."""
+    """What one verifier says of one response. `evidence` is the short text a person would want to see; `asked` is None
+    where no model was.
+    """
 
     value: float
     evidence: str
+    asked: Asked | None = None
 
 
 @dataclass(frozen=True)
 class Missing:
-    """A verifier could not judge this response. Counted and limited, never turned into a number."""
+    """A verifier could not judge this response. Counted and limited, never turned into a number.
+
+    unparsable: a judge answered, but with none of its verdicts.
+    """
 
     reason: str
+    unparsable: bool = False
+    asked: Asked | None = None
 
 
 @dataclass(frozen=True)

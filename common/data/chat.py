@@ -6,12 +6,15 @@ inside a message stays text, whatever the template does with it, and nothing is 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from operator import index
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
@@ -32,6 +35,8 @@ _PROBE = (Message("user", "What is 1 + 1?"), Message("assistant", "Two."), Messa
 
 class Chat:
     """The tokenizer of a model folder with its chat template.
+
+    `digest` stands for vocabulary and template: two chats with the same one read and write alike.
 
     Raises ConfigError when the folder holds no tokenizer, or one without a chat template that it can be used with.
     """
@@ -54,6 +59,8 @@ class Chat:
         self._control = self._control_tokens()
         self.stop_ids = self._stop_ids(folder)
         self._check_pieces(folder)
+        rules = json.dumps([sorted(self.vocabulary.items()), self._tokenizer.chat_template])
+        self.digest = hashlib.sha256(rules.encode()).hexdigest()[:12]
 
     def _control_tokens(self) -> re.Pattern[str]:
         """The tokens that frames are made of: those marked special, those of the template, <|…|>, and think markers.
@@ -97,7 +104,7 @@ class Chat:
         # Some templates want a system turn, and some refuse one.
         system = [] if self._system is None else [Message("system", "Be brief.")]
         turns = [message._asdict() for message in (*system, *_PROBE)]
-        pieces = self._encode(self._render(turns))
+        pieces = self._encode(self.render(turns))
         if pieces != self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False):
             raise ConfigError(
                 f"model folder {folder}: its tokenizer joins text and control tokens (it strips or adds spaces there), "
@@ -107,12 +114,12 @@ class Chat:
     def encode_prompt(self, messages: Sequence[Message]) -> np.ndarray:
         """The whole prompt, up to where the assistant's answer begins: int32 [T]."""
         turns, mark = self._broken_turns(messages)
-        return np.asarray(self._encode(self._render(turns), mark), np.int32)
+        return np.asarray(self._encode(self.render(turns), mark), np.int32)
 
     def opens_reasoning(self, messages: Sequence[Message]) -> bool:
         """Whether the template itself opens the think block, so that responses start inside it (DeepSeek-R1, QwQ)."""
         turns, _ = self._broken_turns(messages)
-        return self._render(turns).rstrip().endswith(THINK_OPEN)
+        return self.render(turns).rstrip().endswith(THINK_OPEN)
 
     def _broken_turns(self, messages: Sequence[Message]) -> tuple[list[dict[str, str]], str]:
         """The template's input, control tokens that messages spell out broken; and the mark that breaks them."""
@@ -129,7 +136,15 @@ class Chat:
 
         return [{"role": role, "content": broken(role, content)} for role, content in messages], mark
 
-    def _render(self, turns: list[dict[str, str]]) -> str:
+    def broken(self, text: str) -> str:
+        """The text with a space inside every control token that it spells, for servers that read tokens out of text."""
+        return self._control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+
+    def render(self, turns: Sequence[dict[str, Any]]) -> str:
+        """The template's text of turns {"role", "content"}, up to where the assistant's answer begins.
+
+        Raises ConfigError when the template refuses them.
+        """
         try:
             return self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
@@ -150,6 +165,17 @@ class Chat:
 
     def _encode_text(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
+
+    def first_tokens(self, labels: Sequence[str]) -> list[int]:
+        """The first token of each label. Raises ConfigError when two labels begin with the same one."""
+        first = [self._encode_text(label)[0] for label in labels]
+        for place, token in enumerate(first):
+            if token in first[:place]:
+                raise ConfigError(
+                    f"the labels {labels[first.index(token)]!r} and {labels[place]!r} begin with the same token of the "
+                    "judge's model, so their probabilities cannot be told apart. Choose other words."
+                )
+        return first
 
     def decode(self, token_ids: Sequence[int] | np.ndarray) -> str:
         """The text of response tokens, control tokens included, spaces as they are."""

@@ -9,6 +9,7 @@ from common.config.section import ConfigError
 from common.data.model_weights import checked_model
 
 EMBEDDED = "embedded:"
+_TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -22,11 +23,26 @@ def model_folder(path: str) -> Path:
         return _embedded(path.removeprefix(EMBEDDED))
     folder = Path(path).expanduser()
     if not folder.is_dir() and _HUB_NAME.fullmatch(path):
-        folder = _hub_snapshot(path)
+        folder = _hub_snapshot(path, ["*.safetensors", *_TOKENIZER_FILES])
     if not (folder / "config.json").is_file():
         state = "holds no config.json" if folder.is_dir() else "no such folder"
         raise ConfigError(f"{state}. Give a Hugging Face model folder, a hub name (owner/model), or {EMBEDDED}smollm2.")
     checked_model(folder)
+    return folder
+
+
+def tokenizer_folder(path: str) -> Path:
+    """The local folder of a model's tokenizer, for a model that runs elsewhere: its weights are not read.
+
+    Raises ConfigError, without the setting's name, when there is no such folder.
+    """
+    if path.startswith(EMBEDDED):
+        return _embedded(path.removeprefix(EMBEDDED))
+    folder = Path(path).expanduser()
+    if not folder.is_dir() and _HUB_NAME.fullmatch(path):
+        folder = _hub_snapshot(path, _TOKENIZER_FILES)
+    if not folder.is_dir():
+        raise ConfigError(f"no such folder. Give a Hugging Face model folder, a hub name, or {EMBEDDED}smollm2.")
     return folder
 
 
@@ -39,11 +55,10 @@ def _embedded(name: str) -> Path:
         raise ConfigError(str(error)) from None
 
 
-def _hub_snapshot(name: str) -> Path:
+def _hub_snapshot(name: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

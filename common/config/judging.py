@@ -1,0 +1,101 @@
+"""The sections of judges, as data: what a judge is asked, how its answer becomes a score, and where its model runs."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from common.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section
+
+FIELDS = ("query", "response", "reference")
+Language = Literal["en", "zh"]
+FIELD = re.compile(r"\{([A-Za-z_]+)\}")
+
+
+class PromptSection(Section):
+    """What a judge is asked in one language. `{query}`, `{response}` and `{reference}` stand for parts of the sample.
+
+    system: null leaves the chat template's own default.
+    """
+
+    user: str
+    system: str | None = None
+
+    @field_validator("user")
+    @classmethod
+    def _known_fields(cls, text: str) -> str:
+        unknown = sorted(set(FIELD.findall(text)) - set(FIELDS))
+        if unknown:
+            raise ValueError(
+                f"{{{unknown[0]}}} stands for nothing. Use {', '.join(f'{{{name}}}' for name in FIELDS)}, or another "
+                "bracket"
+            )
+        if "response" not in FIELD.findall(text):
+            raise ValueError("the judge would not see the response. Put {response} where it belongs")
+        return text
+
+
+class ReadOutSection(Section):
+    """How a judge's answer becomes a score.
+
+    verdict: the verdict that stands first in up to `max_tokens` greedy tokens. number: the first number in them, moved
+    to the nearest of `grades`. labels: the probability of each verdict's first token among those of all verdicts.
+    classes: the softmax of a head with one output a verdict, in order. scalar: the one output of a head, as it is.
+    labels and classes score the expected value, or with `hard` that of the most probable verdict.
+    """
+
+    type: Literal["verdict", "number", "labels", "classes", "scalar"]
+    verdicts: dict[str, float] = Field(default_factory=dict)
+    grades: list[float] = Field(default_factory=list)
+    max_tokens: PositiveInt = 16
+    hard: bool = False
+
+    @model_validator(mode="after")
+    def _complete(self) -> ReadOutSection:
+        if self.type in ("verdict", "labels", "classes") and len(self.verdicts) < 2:
+            raise ValueError(f"a read-out of type {self.type} chooses among verdicts. Name at least two of them")
+        if self.type == "number" and len(self.grades) < 2:
+            raise ValueError("a read-out of type number chooses among grades. Name at least two of them")
+        return self
+
+
+class JudgeSection(Section):
+    """A judge: a prompt in each language, a read-out, and the name of the server that runs its model.
+
+    prompts: by language, `en` and `zh`; the language of the question chooses, `en` where its own is missing.
+    images: whether the judge is shown the images of the question; one that is not refuses prompts with images.
+    think_aware: the score of the reasoning times that of the answer. Off, because a policy that is paid for innocent
+    reasoning learns to hide what it thinks.
+    """
+
+    server: str
+    prompts: dict[Language, PromptSection]
+    read_out: ReadOutSection
+    images: bool = False
+    think_aware: bool = False
+
+    @field_validator("prompts")
+    @classmethod
+    def _has_english(cls, prompts: dict[str, PromptSection]) -> dict[str, PromptSection]:
+        if "en" not in prompts:
+            raise ValueError("en is missing, which every language without a prompt of its own falls back to. Add it")
+        return prompts
+
+
+class ServerSection(Section):
+    """A model that judges ask: behind HTTP on vLLM or SGLang servers, the same model at each of `urls`.
+
+    model: a local Hugging Face folder or a hub name; its tokenizer writes the questions. served_name: what the servers
+    call it, if not `model`. concurrency: questions in flight at each url. deadline_s: seconds for one question, with
+    all its retries.
+    """
+
+    engine: Literal["vllm", "sglang"]
+    model: str
+    urls: list[str] = Field(min_length=1)
+    served_name: str | None = None
+    concurrency: PositiveInt = 64
+    deadline_s: PositiveFloat = 120.0
+    retries: NonNegativeInt = 3

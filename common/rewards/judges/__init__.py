@@ -1,0 +1,1 @@
+"""Verifiers with a model: what they ask it and how its answer becomes a score."""

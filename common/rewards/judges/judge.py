@@ -1,0 +1,69 @@
+"""A judge: a verifier that asks a model about each response."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.config.judging import JudgeSection
+from common.rewards.judges.question import build_question, language
+from common.rewards.judges.read_outs import ask
+from common.rewards.verifier import Verifier
+from common.serving.model import JudgeModel, Question
+from common.types import Missing, Prompt, Sample, Score
+
+_EMPTY = Score(0.0, "empty response")
+
+
+@dataclass(frozen=True)
+class Judge(Verifier):
+    """Scores the answer of a response, and with `think_aware` its reasoning too, by what a model says of it.
+
+    An empty answer scores 0 without being asked about: a model would have to invent what to say.
+    """
+
+    name: str
+    section: JudgeSection
+    model: JudgeModel
+
+    def check_reference(self, prompt: Prompt) -> None:
+        """Raise ValueError when the judge's prompt needs a reference that is not there, or images it cannot show."""
+        if prompt.reference is None and any("{reference}" in asked.user for asked in self.section.prompts.values()):
+            raise ValueError("the judge compares with a reference, and the prompt has none. Give it one.")
+        if prompt.images and not self.section.images:
+            raise ValueError(
+                "the prompt has images, and the judge does not see any. Choose a judge with images: true for its label."
+            )
+
+    def score(self, samples: Sequence[Sample]) -> list[Score | Missing]:
+        """One score per sample, in order."""
+        answers = self._judge([(sample.prompt, sample.rollout.answer_text) for sample in samples])
+        if not self.section.think_aware:
+            return answers
+        reasoning = [(sample.prompt, sample.rollout.reasoning_text or "") for sample in samples]
+        thinking = [index for index, (_, text) in enumerate(reasoning) if text.strip()]
+        judged = self._judge([reasoning[index] for index in thinking])
+        for index, score in zip(thinking, judged, strict=True):
+            answers[index] = _both(score, answers[index])
+        return answers
+
+    def _judge(self, texts: Sequence[tuple[Prompt, str]]) -> list[Score | Missing]:
+        results: list[Score | Missing] = [_EMPTY] * len(texts)
+        asked = [index for index, (_, text) in enumerate(texts) if text.strip()]
+        found = ask(self.section.read_out, self.model, [self._question(*texts[index]) for index in asked])
+        for index, result in zip(asked, found, strict=True):
+            results[index] = result
+        return results
+
+    def _question(self, prompt: Prompt, text: str) -> Question:
+        spoken = language(prompt)
+        chosen = self.section.prompts.get(spoken) or self.section.prompts["en"]
+        return build_question(chosen, prompt, text.strip(), spoken)
+
+
+def _both(reasoning: Score | Missing, answer: Score | Missing) -> Score | Missing:
+    """The product of both scores, with both in the evidence; missing when either is."""
+    if isinstance(answer, Missing) or isinstance(reasoning, Missing):
+        return answer if isinstance(answer, Missing) else reasoning
+    evidence = f"reasoning {reasoning.value:.4g} ({reasoning.evidence}), answer {answer.value:.4g} ({answer.evidence})"
+    return Score(reasoning.value * answer.value, evidence, answer.asked)

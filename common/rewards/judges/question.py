@@ -1,0 +1,78 @@
+"""A sample -> the question that a judge is asked about it, from structured turns and spans, never from decoded text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from common.config.judging import FIELD, Language, PromptSection
+from common.data.records import IMAGE
+from common.rewards.rules import measures
+from common.serving.model import Image, Question
+from common.types import Message, Prompt
+
+_ROLES = {"en": {"user": "User", "assistant": "Assistant"}, "zh": {"user": "用户", "assistant": "助手"}}
+
+
+def language(prompt: Prompt) -> Language:
+    """`zh` where Chinese characters are most of the last user turn, else `en`."""
+    asked = next((message.content for message in reversed(prompt.messages) if message.role == "user"), "")
+    return "zh" if measures.language(asked, 0.5) == "Chinese" else "en"
+
+
+def build_question(section: PromptSection, prompt: Prompt, response: str, spoken: Language) -> Question:
+    """The prompt's template with the sample's parts in their places; `spoken` is the language of its role names.
+
+    Fields are filled once: what a question, a response or a reference spells stays as it is, `{reference}` and
+    `<image>` too. An image stands where its prompt has it.
+    """
+    parts = {
+        "query": list(_query(prompt, spoken)),
+        "response": [response],
+        "reference": [_reference(prompt.reference)],
+    }
+    user: list[str | Image] = []
+    for index, piece in enumerate(FIELD.split(section.user)):
+        user += parts[piece] if index % 2 else [piece]
+    return Question(section.system, tuple(_joined(user)))
+
+
+def _query(prompt: Prompt, spoken: Language) -> Iterator[str | Image]:
+    """The conversation without its system message: the text of a single turn, else each turn behind its role."""
+    turns = [message for message in prompt.messages if message.role != "system"]
+    images = iter(prompt.images)
+    for number, turn in enumerate(turns):
+        if len(turns) > 1:
+            yield ("\n" if number else "") + _ROLES[spoken][turn.role] + ": "
+        yield from _with_images(turn, images, bool(prompt.images))
+
+
+def _with_images(turn: Message, images: Iterator[str], any_images: bool) -> Iterator[str | Image]:
+    if not any_images:  # then `<image>` in the text is just that
+        yield turn.content
+        return
+    first, *others = turn.content.split(IMAGE)
+    yield first
+    for text in others:
+        yield Image(next(images))
+        yield text
+
+
+def _reference(reference: Any) -> str:
+    return reference if isinstance(reference, str) else json.dumps(reference, ensure_ascii=False)
+
+
+def _joined(parts: list[str | Image]) -> Iterator[str | Image]:
+    """Neighbouring texts as one, empty ones left out."""
+    text = ""
+    for part in parts:
+        if isinstance(part, str):
+            text += part
+            continue
+        if text:
+            yield text
+        text = ""
+        yield part
+    if text:
+        yield text

@@ -1,0 +1,48 @@
+"""What differs between kinds of servers: how a question is sent, and where the answer stands in the reply."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from common.serving.http import Call
+
+
+class Seen(NamedTuple):
+    """A question with images, for servers that prepare images themselves.
+
+    turns: chat messages with a list of parts as OpenAI's API has them, images as URLs. text: the same through the chat
+    template, with the template's own marks where images stand. Control tokens spelled in either are broken by a space.
+    """
+
+    turns: list[dict[str, Any]]
+    text: str
+    images: list[str]
+
+
+Rendered = Sequence[int] | Seen
+
+
+class Dialect(Protocol):
+    """A server's HTTP routes. `name` is what the server calls its model."""
+
+    @property
+    def MODELS(self) -> str:
+        """The route that says what is served."""
+        ...
+
+    def identity(self, reply: Any) -> tuple[str, str]:
+        """From the reply to a GET of MODELS: the model's served name; the folder, name or version of its weights."""
+        ...
+
+    def generate(self, name: str, question: Rendered, max_tokens: int) -> Call:
+        """A greedy continuation; read as its text."""
+        ...
+
+    def label_logprobs(self, name: str, question: Rendered, label_ids: Sequence[int]) -> Call:
+        """The logprobs of given tokens as the next one, over the whole vocabulary; read as float32 [L]."""
+        ...
+
+    def head(self, name: str, question: Rendered) -> Call:
+        """The raw outputs of a scalar or classification head; read as float32 [C]."""
+        ...

@@ -1,0 +1,126 @@
+"""A judge's model behind HTTP: questions rendered here, answered by a server's replicas."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from common.config.judging import ServerSection
+from common.data.model_folder import tokenizer_folder
+from common.serving import sglang, vllm
+from common.serving.dialect import Dialect
+from common.serving.http import Call, CallFailed, Replicas
+from common.serving.model import Answer, Question
+from common.serving.rendering import Renderer
+from common.types import Asked, Missing
+
+_CHECK_S = 5.0
+
+DIALECTS: dict[str, Dialect] = {"vllm": vllm, "sglang": sglang}
+
+
+class ServerError(RuntimeError):
+    """A server cannot be used: it does not answer, or serves another model. The message names it and what to do."""
+
+
+class ServedModel:
+    """A JudgeModel at the `urls` of a server section.
+
+    Opening it asks each replica what it serves; raises ServerError when one does not answer or serves another model
+    than the config names. Each batch of questions begins with asking again, so that a model which is exchanged during a
+    run ends the run instead of changing its scores.
+    """
+
+    def __init__(self, name: str, section: ServerSection) -> None:
+        self._name, self._section = name, section
+        self._dialect = DIALECTS[section.engine]
+        self._render = Renderer(tokenizer_folder(section.model))
+        self._served = section.served_name or section.model
+        self._replicas = Replicas(name, section)
+        try:
+            self._weights = self._open()
+        except ServerError:
+            self._replicas.close()
+            raise
+        self.identity = f"{self._weights}, template {self._render.chat.digest}"
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._replicas.close()
+
+    def generate(self, questions: Sequence[Question], max_tokens: int) -> list[Answer[str]]:
+        """See JudgeModel."""
+        return self._ask([self._dialect.generate(self._served, self._render(asked), max_tokens) for asked in questions])
+
+    def label_logprobs(self, questions: Sequence[Question], labels: Sequence[str]) -> list[Answer[np.ndarray]]:
+        """See JudgeModel."""
+        label_ids = self._render.chat.first_tokens(labels)
+        return self._ask(
+            [self._dialect.label_logprobs(self._served, self._render(asked), label_ids) for asked in questions]
+        )
+
+    def head(self, questions: Sequence[Question]) -> list[Answer[np.ndarray]]:
+        """See JudgeModel."""
+        return self._ask([self._dialect.head(self._served, self._render(asked)) for asked in questions])
+
+    def _ask(self, calls: list[Call]) -> list[Answer[Any]]:
+        replies = self._replicas.call_all(calls)
+        self._refuse_exchange()
+        return [
+            Answer(
+                Missing(str(reply.result)) if isinstance(reply.result, CallFailed) else reply.result,
+                Asked(self.identity, reply.queue_s, reply.latency_s, cached=False),
+            )
+            for reply in replies
+        ]
+
+    def _open(self) -> str:
+        """What all replicas that answer serve; a replica that does not is reported."""
+        found = self._serving(self._section.deadline_s)
+        down = [str(reply) for reply in found.values() if isinstance(reply, CallFailed)]
+        if len(down) == len(found):
+            raise ServerError(f"server {self._name}: {down[0]}. Start it, or correct servers.{self._name}.urls.")
+        for reason in down:
+            print(f"server {self._name}: {reason}; going on with its other replicas", file=sys.stderr)
+        weights = {weights for weights in found.values() if not isinstance(weights, CallFailed)}
+        if len(weights) > 1:
+            raise ServerError(
+                f"the replicas of server {self._name} serve different weights: {found}. Start them alike."
+            )
+        return weights.pop()
+
+    def _refuse_exchange(self) -> None:
+        for url, weights in self._serving(min(_CHECK_S, self._section.deadline_s)).items():
+            if not isinstance(weights, CallFailed) and weights != self._weights:
+                raise ServerError(
+                    f"server {self._name} at {url} serves {weights} now, and served {self._weights} when this began. "
+                    "Its last scores were not used. Start the first model again and go on, or begin anew."
+                )
+
+    def _serving(self, limit_s: float) -> dict[str, str | CallFailed]:
+        """What each replica says that it serves. Raises ServerError for a model of another name than the config's."""
+        found: dict[str, str | CallFailed] = {}
+        for url, reply in self._replicas.ask_each(self._dialect.MODELS, limit_s).items():
+            if isinstance(reply, CallFailed):
+                found[url] = reply
+                continue
+            served, weights = self._identity(url, reply)
+            if served != self._served:
+                raise ServerError(
+                    f"server {self._name} at {url} serves {served!r}, and servers.{self._name} names {self._served!r}. "
+                    "Set served_name to what it is called there, or start the right model."
+                )
+            found[url] = f"{served} from {weights}"
+        return found
+
+    def _identity(self, url: str, reply: Any) -> tuple[str, str]:
+        try:
+            return self._dialect.identity(reply)
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise ServerError(
+                f"server {self._name} at {url} does not say what it serves, as {self._section.engine} would. Correct "
+                f"servers.{self._name}.urls or servers.{self._name}.engine."
+            ) from None

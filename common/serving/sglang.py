@@ -1,0 +1,55 @@
+"""SGLang's HTTP dialect, 0.5."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from common.serving.dialect import Rendered, Seen
+from common.serving.http import Call
+
+MODELS = "/get_model_info"
+
+
+def identity(reply: Any) -> tuple[str, str]:
+    """See Dialect; SGLang has no name beside the folder or name that it loaded, and a version of the weights."""
+    return reply["model_path"], str(reply.get("weight_version", "default"))
+
+
+def generate(name: str, question: Rendered, max_tokens: int) -> Call:
+    """See Dialect."""
+    return Call("/generate", _asked(question, max_tokens), _text)
+
+
+def label_logprobs(name: str, question: Rendered, label_ids: Sequence[int]) -> Call:
+    """See Dialect."""
+    payload = _asked(question, 1) | {"return_logprob": True, "token_ids_logprob": list(label_ids)}
+
+    def read(reply: Any) -> np.ndarray:
+        found = {token: logprob for logprob, token, _ in reply["meta_info"]["output_token_ids_logprobs"][0]}
+        return np.array([found[token] for token in label_ids], np.float32)
+
+    return Call("/generate", payload, read)
+
+
+def head(name: str, question: Rendered) -> Call:
+    """See Dialect."""
+    return Call("/classify", _prompt(question), lambda reply: np.array(reply["embedding"], np.float32))
+
+
+def _asked(question: Rendered, max_tokens: int) -> dict[str, Any]:
+    return {**_prompt(question), "sampling_params": {"temperature": 0, "max_new_tokens": max_tokens}}
+
+
+def _prompt(question: Rendered) -> dict[str, Any]:
+    if isinstance(question, Seen):
+        return {"text": question.text, "image_data": question.images}
+    return {"input_ids": list(question)}
+
+
+def _text(reply: Any) -> str:
+    if not isinstance(reply["text"], str):
+        raise TypeError("the text is none")
+    return reply["text"]

@@ -1,0 +1,134 @@
+"""What judges are asked: structured turns, images in their places, and nothing that a sample spells is ever a field."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from common.config.judging import JudgeSection, PromptSection
+from common.rewards.judges.question import build_question, language
+from common.serving.model import Image
+from common.types import Message, Prompt
+from tests.common.rewards.shipped import NAMES, judge
+
+PLAIN = PromptSection(user="Q: {query} R: {reference} A: {response}.", system="Judge {query}.")
+
+
+def prompt(*turns: tuple[str, str], reference: object = "four", images: tuple[str, ...] = ()) -> Prompt:
+    return Prompt("p", "test", tuple(Message(*turn) for turn in turns), reference, images)
+
+
+ONE = prompt(("system", "Think first."), ("user", "What is 2 + 2?"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("question", "spoken"), [("What is 2 + 2?", "en"), ("二加二等于几？", "zh")])
+def test_shipped_prompts_hold_the_sample(name: str, question: str, spoken: str) -> None:
+    section = judge(name).prompts[spoken]  # type: ignore[index]
+    asked = prompt(("system", "Think first."), ("user", question))
+    assert language(asked) == spoken
+    system, (text,) = build_question(section, asked, "It is four.", spoken)
+    assert isinstance(text, str)
+    assert system and "{" not in system + text
+    assert text.count("It is four.") == 1
+    assert (question in text) == ("{query}" in section.user)
+    assert "Think first." not in text
+    if name in ("knowledge", "general"):
+        assert "four" in text.replace("It is four.", "")
+
+
+@pytest.mark.parametrize(
+    ("question", "spoken"),
+    [
+        ("Translate 你好 into English, please.", "en"),
+        ("请解释 TCP 和 UDP 的区别。", "zh"),
+        ("请用 `for` 循环写一个函数", "zh"),
+        ("12 + 30 = ?", "en"),
+        ("Was ist das?", "en"),
+    ],
+)
+def test_language_is_that_of_the_last_user_turn(question: str, spoken: str) -> None:
+    earlier = "讲个笑话" if spoken == "en" else "Tell me a joke."
+    assert language(prompt(("user", earlier), ("assistant", earlier), ("user", question))) == spoken
+
+
+def test_fields_are_filled_once() -> None:
+    asked = prompt(("user", "{response} {reference}"), reference="{query}")
+    assert build_question(PLAIN, asked, "{query}", "en").user == ("Q: {response} {reference} R: {query} A: {query}.",)
+
+
+def test_the_system_message_is_taken_as_it_is() -> None:
+    assert build_question(PLAIN, ONE, "4", "en").system == "Judge {query}."
+    assert build_question(PromptSection(user="{response}"), ONE, "4", "en").system is None
+
+
+@pytest.mark.parametrize(
+    ("spoken", "text"),
+    [("en", "User: Hi\nAssistant: Hello.\nUser: Bye"), ("zh", "用户: Hi\n助手: Hello.\n用户: Bye")],
+)
+def test_several_turns_stand_behind_their_roles(spoken: str, text: str) -> None:
+    asked = prompt(("system", "S"), ("user", "Hi"), ("assistant", "Hello."), ("user", "Bye"))
+    assert build_question(PromptSection(user="{query}|{response}"), asked, "x", spoken).user == (f"{text}|x",)
+
+
+def test_a_reference_that_is_no_text_is_written_as_json() -> None:
+    asked = prompt(("user", "q"), reference=[["Länge", "Wörter", "at most 5 words"]])
+    (text,) = build_question(PromptSection(user="{reference}{response}"), asked, "", "en").user
+    assert text == '[["Länge", "Wörter", "at most 5 words"]]'
+
+
+def test_images_stand_where_the_prompt_has_them() -> None:
+    asked = prompt(("user", "See <image> and"), ("assistant", "Yes."), ("user", "<image>!"), images=("a.png", "b.png"))
+    user = build_question(PromptSection(user="[{query}] {response}"), asked, "an <image>", "en").user
+    assert user == (
+        "[User: See ",
+        Image("a.png"),
+        " and\nAssistant: Yes.\nUser: ",
+        Image("b.png"),
+        "!] an <image>",
+    )
+
+
+def test_an_image_marker_without_images_is_text() -> None:
+    assert build_question(
+        PromptSection(user="{query} {response}"), prompt(("user", "<image>")), "<image>", "en"
+    ).user == ("<image> <image>",)
+
+
+@pytest.mark.parametrize(
+    ("user", "problem"),
+    [
+        ("Is it good?", "would not see the response"),
+        ("{response} {answer}", "{answer} stands for nothing"),
+        ("{response} {Query}", "{Query} stands for nothing"),
+    ],
+)
+def test_a_prompt_without_the_response_or_with_an_unknown_field_is_refused(user: str, problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        PromptSection(user=user)
+
+
+def test_braces_of_other_kinds_stay() -> None:
+    section = PromptSection(user="Put {response} in \\boxed{} or {1} or { x }.")
+    assert build_question(section, ONE, "it", "en").user == ("Put it in \\boxed{} or {1} or { x }.",)
+
+
+def test_a_judge_needs_an_english_prompt() -> None:
+    with pytest.raises(ValidationError, match="en is missing"):
+        JudgeSection.model_validate(
+            {"server": "s", "prompts": {"zh": {"user": "{response}"}}, "read_out": {"type": "scalar"}}
+        )
+
+
+@pytest.mark.parametrize(
+    ("read_out", "problem"),
+    [
+        ({"type": "verdict"}, "at least two"),
+        ({"type": "labels", "verdicts": {"good": 1.0}}, "at least two"),
+        ({"type": "classes", "verdicts": {}}, "at least two"),
+        ({"type": "number", "grades": [1.0]}, "at least two"),
+    ],
+)
+def test_a_choice_needs_two_ways(read_out: dict[str, object], problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        JudgeSection.model_validate({"server": "s", "prompts": {"en": {"user": "{response}"}}, "read_out": read_out})
