@@ -25,12 +25,13 @@ from common.reporting import Reporter
 from common.rewards.scorer import ScoreMissing
 from common.rollout.sampler import RolloutSampler
 from common.run_dir import NotSaved, RunDir, not_written
+from common.serving.served import ServerError
 from common.trainer import NonFiniteUpdate
 
 OpenTrainer = Callable[[LoadedConfig, Path, Path | None], ParityTrainer]
 
 # What the user can mend, said in a sentence; anything else is ours and keeps its traceback.
-USER_ERRORS = (ConfigError, NotSaved, ScoreMissing, NonFiniteUpdate)
+USER_ERRORS = (ConfigError, NotSaved, ScoreMissing, ServerError, NonFiniteUpdate)
 INTERRUPTED = 130
 
 

@@ -18,6 +18,7 @@ from common.data.model_folder import model_folder
 from common.rewards.recipe import Recipe
 from common.rollout.sampler import sampling_rule
 from common.run_dir import LoopState, RunDir
+from common.serving.servers import Servers
 from common.types import Prompt
 
 
@@ -81,7 +82,8 @@ def _checked_recipe(loaded: LoadedConfig, sources: Sequence[LoadedSource]) -> Re
                 f"{path}: prompt {prompt.id!r} has images, and the model {loaded.config.model.path!r} reads text only. "
                 "Remove the prompt."
             )
-    recipe = Recipe(rewards, (prompt.label for _, prompt in prompts), loaded.origin)
+    servers = Servers(loaded.config.servers, loaded.origin)
+    recipe = Recipe(rewards, servers, (prompt.label for _, prompt in prompts), loaded.origin)
     for path, prompt in prompts:
         try:
             recipe.check(prompt)

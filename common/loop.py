@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +17,7 @@ from common.interrupt import Interrupt
 from common.metrics import Timer, rollout_metrics, rollout_records, update_metrics
 from common.reporting import Reporter
 from common.rewards.scorer import Scored, ScoredGroup, Scorer, score_arrays
+from common.rewards.tally import Tally
 from common.rollout.sampler import Draw, RolloutSampler, Stream
 from common.run_dir import LoopState, RunDir
 from common.trainer import NonFiniteUpdate, PolicyTrainer
@@ -31,7 +32,7 @@ class Collected:
 
     groups: tuple[ScoredGroup, ...]
     kept: np.ndarray
-    missing: dict[str, int]
+    tallies: Mapping[str, Tally]
     num_sampled: int
     cursor: int
 
@@ -53,7 +54,7 @@ class Loop:
         self._trainer = trainer
         self._data = data
         self._sampler = sampler
-        self._scorer = Scorer(data.recipe, config.rewards.max_missing)
+        self._scorer = Scorer(data.recipe, config.rewards)
         self._run_dir = run_dir
         self._reporter = reporter
         self._interrupt = interrupt
@@ -95,7 +96,7 @@ class Loop:
         self._run_dir.append("rollouts.jsonl", rollout_records(state.step, collected.groups, credit, collected.kept))
         metrics = {
             "step": state.step,
-            **rollout_metrics(collected.groups, collected.kept, self._data.recipe, collected.missing),
+            **rollout_metrics(collected.groups, collected.kept, collected.tallies),
             **update_metrics(updates, self._rates(state)),
             **timer.metrics(_response_tokens(collected.groups)),
             "memory/peak_gib": self._trainer.peak_memory_gib(),
@@ -116,7 +117,7 @@ class Loop:
     def _collect(self, state: LoopState, timer: Timer) -> Collected:
         """Groups until enough of them teach or the refills are used up. The first draw is always whole."""
         config = self._config
-        scored, kept = Scored((), {}), np.zeros(0, bool)
+        scored, kept = Scored(), np.zeros(0, bool)
         cursor, wanted = state.cursor, config.rollout.prompts_per_step
         for _ in range(1 + config.advantage.max_refills):
             draws = [Draw(index, self._data.train[index]) for index in range(cursor, cursor + wanted)]
@@ -130,7 +131,7 @@ class Loop:
             if wanted == 0:
                 break
         num_sampled = (cursor - state.cursor) * config.rollout.group_size
-        return Collected(scored.groups, kept, scored.missing, num_sampled, cursor)
+        return Collected(scored.groups, kept, scored.tallies, num_sampled, cursor)
 
     def _roll_out(
         self, draws: Sequence[Draw], stream: Stream, state: LoopState, num_samples: int
@@ -199,7 +200,7 @@ class Loop:
         every = np.ones(len(scored.groups), bool)
         metrics = {
             "step": state.step,
-            **rollout_metrics(scored.groups, every, self._data.recipe, scored.missing),
+            **rollout_metrics(scored.groups, every, scored.tallies),
             "time/evaluation_s": time.perf_counter() - started,
         }
         self._run_dir.append("evaluation.jsonl", [metrics])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from common.rewards.recipe import Recipe
 from common.rewards.scorer import ScoredGroup
+from common.rewards.tally import Tally
 
 # Keys of an update that are summed or maximised over the updates of a step; the others are averaged.
 _SUMMED = ("tokens/trained",)
@@ -49,20 +49,17 @@ class Timer:
         return phases | {"time/step_s": step, "tokens_per_s": response_tokens / step}
 
 
-def rollout_metrics(
-    groups: Sequence[ScoredGroup], kept: np.ndarray, recipe: Recipe, missing: dict[str, int]
-) -> dict[str, float]:
-    """Rewards and responses of a step, over all scored groups, taught from or not. kept: bool [P]."""
+def rollout_metrics(groups: Sequence[ScoredGroup], kept: np.ndarray, tallies: Mapping[str, Tally]) -> dict[str, float]:
+    """Rewards and responses of a step, over all scored groups, taught from or not; of each verifier, over all scores
+    that it gave. kept: bool [P].
+    """
     rewards = [reward for scored in groups for reward in scored.rewards]
     rollouts = [rollout for scored in groups for rollout in scored.group.rollouts]
     totals = np.array([reward.total for reward in rewards])
     spread = float(totals.std(ddof=1)) if len(totals) > 1 else 0.0
     metrics = {"reward/mean": float(totals.mean()), "reward/std": spread}
-    for name in recipe.verifiers:
-        values = [reward.scores[name].value for reward in rewards if name in reward.scores]
-        if values:
-            metrics[f"reward/{name}"] = float(np.mean(values))
-        metrics[f"missing/{name}"] = float(missing.get(name, 0))
+    for name, tally in tallies.items():
+        metrics |= tally.metrics(name)
     return metrics | {
         "response/length_mean": float(np.mean([len(rollout.token_ids) for rollout in rollouts])),
         "response/truncated_fraction": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
@@ -103,6 +100,7 @@ def rollout_records(
                 "reward": reward.total,
                 "scores": {name: score.value for name, score in reward.scores.items()},
                 "evidence": {name: score.evidence for name, score in reward.scores.items()},
+                "judged_by": {name: score.asked.model for name, score in reward.scores.items() if score.asked},
                 "advantage": float(credit[place, sample]),
                 "trained": bool(kept[place]),
                 "finish_reason": rollout.finish_reason,

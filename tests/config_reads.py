@@ -54,7 +54,9 @@ class Reads(ast.NodeVisitor):
         self._of_self: dict[str, type[BaseModel]] = {}
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
-        outer, self._of_self = self._of_self, {}
+        fields = [(entry.target, entry.annotation) for entry in node.body if isinstance(entry, ast.AnnAssign)]
+        own = {target.id: self._annotated(annotation) for target, annotation in fields if isinstance(target, ast.Name)}
+        outer, self._of_self = self._of_self, {name: model for name, model in own.items() if model is not None}
         self.generic_visit(node)
         self._of_self = outer
 

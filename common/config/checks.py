@@ -15,6 +15,7 @@ def cross_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield from _loss_checks(config)
     yield from _evaluation_checks(config)
     yield from _recipe_checks(config)
+    yield from _judge_checks(config)
     yield from _overlong_checks(config)
 
 
@@ -96,18 +97,52 @@ def _overlong_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
             )
 
 
+def _judge_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
+    judges = config.rewards.judges
+    for name, verifier in config.rewards.verifiers.items():
+        if verifier.judge is not None and verifier.judge not in judges:
+            yield (
+                f"rewards.verifiers.{name}.judge",
+                f"no judge of this name. Known: {', '.join(sorted(judges)) or 'none'}. Include its file of "
+                "configs/judge, add it under rewards.judges, or correct the name.",
+            )
+        if verifier.judge is not None and verifier.options:
+            yield f"rewards.verifiers.{name}.options", "a judge has none; it is described under rewards.judges."
+    for name, judge in judges.items():
+        if judge.server not in config.servers:
+            yield (
+                f"rewards.judges.{name}.server",
+                f"no server of this name. Known: {', '.join(sorted(config.servers)) or 'none'}. Add it under servers "
+                "or correct the name.",
+            )
+
+
 def _recipe_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
     verifiers = config.rewards.verifiers
     for name, verifier in verifiers.items():
-        if (verifier.rule is None) == (verifier.judge is None):
-            yield f"rewards.verifiers.{name}", "needs either a rule or a judge. Set exactly one of the two."
+        kinds = (verifier.rule, verifier.judge, verifier.reward_model)
+        if len([kind for kind in kinds if kind is not None]) != 1:
+            yield f"rewards.verifiers.{name}", "needs a rule, a judge or a reward_model. Set exactly one of the three."
     for label, terms in config.rewards.recipe.items():
         if not terms:
             yield f"rewards.recipe.{label}", "has no terms, so every response would score 0. Name a verifier."
         for name in terms:
             if name not in verifiers:
-                yield (
-                    f"rewards.recipe.{label}.{name}",
-                    f"no verifier of this name. Known: {', '.join(sorted(verifiers)) or 'none'}. "
-                    "Add it under rewards.verifiers or correct the name.",
-                )
+                yield f"rewards.recipe.{label}.{name}", _no_verifier(config)
+    for label, names in config.rewards.gates.items():
+        for name in names:
+            if name not in verifiers:
+                yield f"rewards.gates.{label}", f"{name!r}: {_no_verifier(config)}"
+        if label not in config.rewards.recipe:
+            yield f"rewards.gates.{label}", "rewards.recipe has no terms for this label. Add them or correct the name."
+    if config.rewards.gates and config.advantage.type == "gdpo":
+        yield (
+            "advantage.type",
+            "gdpo normalises each verifier alone, before any total is made that a gate could multiply. "
+            "Remove rewards.gates or choose another type.",
+        )
+
+
+def _no_verifier(config: RunConfig) -> str:
+    known = ", ".join(sorted(config.rewards.verifiers)) or "none"
+    return f"no verifier of this name. Known: {known}. Add it under rewards.verifiers or correct the name."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,10 @@ from common.config.load import LoadedConfig
 from common.config.run import RunConfig
 
 # What a resumed run may change: none of it alters what an earlier step computed.
-MAY_CHANGE = ("run.dir", "run.steps", "checkpoint.", "evaluation.", "metrics.", "rewards.max_missing")
+MAY_CHANGE = re.compile(
+    r"run\.(dir|steps)|(checkpoint|evaluation|metrics)\..*|rewards\.(on_missing|max_missing|deadline_s)|"
+    r"servers\.[^.]+\.(urls|concurrency|deadline_s|retries)"
+)
 
 
 def explain(loaded: LoadedConfig) -> str:
@@ -76,7 +80,7 @@ def forbidden_changes(saved: RunConfig, now: RunConfig) -> list[str]:
     return [
         f"{key}: was {before.get(key)!r}, is {after.get(key)!r}"
         for key in sorted(before | after)
-        if before.get(key) != after.get(key) and not key.startswith(MAY_CHANGE)
+        if before.get(key) != after.get(key) and not MAY_CHANGE.fullmatch(key)
     ]
 
 

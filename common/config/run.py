@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from common.config.judging import JudgeSection, ServerSection
 from common.config.method import AdvantageConfig, LossConfig, OptimizerConfig
 from common.config.section import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
@@ -85,23 +86,37 @@ class RolloutSection(Section):
 
 
 class VerifierSection(Section):
-    """A verifier by kind: a `rule` of `common/rewards/rules` with its options, or the name of a `judge`."""
+    """A verifier: one of a rule, a judge, or a reward model of your own.
+
+    rule: a name of `common/rewards/rules`, or `module:function` of your own (`common/rewards/custom.py` says what it is
+    called with). judge: a name of `rewards.judges`. reward_model: `module:Class` of your own. options: what a rule or
+    the class is made with, or what the function gets beside the sample.
+    """
 
     rule: str | None = None
     judge: str | None = None
+    reward_model: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
 
 
 class RewardsSection(Section):
     """Verifiers by name, and the recipe: label -> verifier -> weight. A total is the weighted sum of its label's terms.
 
-    max_missing: scores that may be missing in one step before the run stops; a group with a missing score is dropped.
-    A run that has stopped may be resumed with a larger one.
+    gates: label -> verifiers whose scores multiply the total, each with or without a term of its own.
+    judges: by the name that verifiers give. One that no label of the data needs is not opened.
+    on_missing, max_missing: a group with a missing score is dropped. With `error` the run stops when more than
+    `max_missing` scores of one step are missing, with `drop` it goes on as long as a group is left. A run that has
+    stopped may be resumed with other values.
+    deadline_s: seconds that one verifier may take for all its samples of a step; then its scores are missing.
     """
 
     verifiers: dict[str, VerifierSection]
+    judges: dict[str, JudgeSection] = Field(default_factory=dict)
     recipe: dict[str, dict[str, float]]
+    gates: dict[str, list[str]] = Field(default_factory=dict)
+    on_missing: Literal["error", "drop"] = "error"
     max_missing: NonNegativeInt = 0
+    deadline_s: PositiveFloat = 3600.0
 
 
 class BatchSection(Section):
@@ -144,7 +159,7 @@ class MetricsSection(Section):
 
 
 class RunConfig(Section):
-    """A resolved experiment, the same for both engines."""
+    """A resolved experiment, the same for both engines. servers: the judges' models, by the name that judges give."""
 
     run: RunSection
     backend: BackendSection
@@ -152,6 +167,7 @@ class RunConfig(Section):
     data: DataSection
     rollout: RolloutSection
     rewards: RewardsSection
+    servers: dict[str, ServerSection] = Field(default_factory=dict)
     batch: BatchSection
     optimizer: OptimizerConfig
     advantage: AdvantageConfig = Field(default_factory=AdvantageConfig)

@@ -22,7 +22,7 @@ NOISE = 0.1
 def record(config: RunConfig, data: Data, sampler: RolloutSampler, folder: Path, num_batches: int) -> None:
     """Sample `num_batches` steps from the policy as it is and write one packed batch of each."""
     folder.mkdir(parents=True, exist_ok=True)
-    scorer = Scorer(data.recipe, config.rewards.max_missing)
+    scorer = Scorer(data.recipe, config.rewards)
     size = config.rollout.prompts_per_step
     for step in range(num_batches):
         draws = [Draw(place, data.train[place]) for place in range(step * size, (step + 1) * size)]

@@ -2,46 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from inspect import signature
 from typing import Any
 
 from pydantic import create_model
 
+from common.config.judging import JudgeSection
 from common.config.run import RewardsSection, VerifierSection
 from common.config.section import ConfigError, Section
 from common.config.sentences import Origin, parse_table, sentence
+from common.rewards.custom import custom_reward_model, custom_rule
+from common.rewards.judges.judge import Judge
 from common.rewards.rules import RULES
 from common.rewards.verifier import Verifier
-from common.types import Prompt
+from common.serving.servers import Servers
+from common.types import Missing, Prompt, Reward, Score
 
 
 class Recipe:
     """Verifiers by name and, per label, their weights.
 
     `needed` holds the labels of the data: only verifiers that one of them uses are built. `origin` says where a config
-    key was set. Raises ConfigError for a label without terms, an unknown rule, options that a rule does not take, or a
-    judge, of which there are none.
+    key was set. Raises ConfigError for a label without terms, an unknown rule, or options that a rule does not take,
+    and ServerError for a judge whose server cannot be used.
     """
 
-    def __init__(self, section: RewardsSection, needed: Iterable[str], origin: Origin) -> None:
+    def __init__(self, section: RewardsSection, servers: Servers, needed: Iterable[str], origin: Origin) -> None:
+        self._servers = servers
         self.terms = {label: dict(section.recipe.get(label, {})) for label in sorted(set(needed))}
+        self.gates = {label: tuple(section.gates.get(label, ())) for label in self.terms}
         for label, terms in self.terms.items():
             if not terms:
                 raise ConfigError(
                     f"rewards.recipe ({origin('rewards.recipe')}): has no terms for the data's label {label!r}. "
                     f"Labels with terms: {', '.join(sorted(section.recipe))}. Add it or correct the data."
                 )
-        used = {name: label for label, terms in self.terms.items() for name in terms}
         self.verifiers = {
-            name: _build(f"rewards.verifiers.{name}", verifier, used[name], origin)
+            name: self._verifier(name, verifier, section.judges, origin)
             for name, verifier in section.verifiers.items()
-            if name in used
+            if any(self.needs(label, name) for label in self.terms)
         }
+
+    def _verifier(
+        self, name: str, section: VerifierSection, judges: Mapping[str, JudgeSection], origin: Origin
+    ) -> Verifier:
+        key = f"rewards.verifiers.{name}"
+        if section.judge:
+            return self._judge(name, judges[section.judge])
+        if section.reward_model:
+            return custom_reward_model(name, section.reward_model, section.options, key, origin)
+        if section.rule and ":" in section.rule:
+            return custom_rule(name, section.rule, section.options, key, origin)
+        return _rule(key, section, origin)
+
+    def _judge(self, name: str, section: JudgeSection) -> Judge:
+        return Judge(name, section, self._servers.open(section.server))
+
+    def needs(self, label: str, name: str) -> bool:
+        """Whether samples of a label go to a verifier."""
+        return name in self.terms[label] or name in self.gates[label]
+
+    def reward(self, label: str, scores: Mapping[str, Score | Missing]) -> Reward:
+        """The total of a response of this label, none of its scores missing: the weighted sum of terms, times gates."""
+        present = {name: score for name, score in scores.items() if isinstance(score, Score)}
+        total = sum(weight * present[name].value for name, weight in self.terms[label].items())
+        return Reward(total * math.prod(present[name].value for name in self.gates[label]), present)
 
     def check(self, prompt: Prompt) -> None:
         """Raise ConfigError when a verifier of the prompt's label cannot use its reference."""
-        for name in self.terms[prompt.label]:
+        for name in [name for name in self.verifiers if self.needs(prompt.label, name)]:
             try:
                 self.verifiers[name].check_reference(prompt)
             except ValueError as error:
@@ -50,19 +81,14 @@ class Recipe:
                 ) from None
 
     def close(self) -> None:
-        """End the workers that verifiers hold."""
+        """End the workers that verifiers hold, and the connections of judges."""
         for verifier in self.verifiers.values():
             verifier.close()
+        self._servers.close()
 
 
-def _build(key: str, section: VerifierSection, label: str, origin: Origin) -> Verifier:
-    """The verifier that stands at a config key and that a label needs."""
-    if section.judge is not None:
-        problem = (
-            f"label {label!r} needs this judge, and this version has rules only. Leave the label out of the data, "
-            "or give it a recipe of rules."
-        )
-        raise ConfigError(sentence(f"{key}.judge", section.judge, origin(f"{key}.judge"), problem))
+def _rule(key: str, section: VerifierSection, origin: Origin) -> Verifier:
+    """The rule that stands at a config key."""
     rule = RULES.get(section.rule or "")
     if rule is None:
         problem = f"is no rule. Choose one of {', '.join(sorted(RULES))}."

@@ -1,19 +1,24 @@
 """Rollout groups -> rewards. Each response goes to the verifiers of its label and to no other.
 
-A missing score is counted and named; it never becomes a number. Its whole group is dropped, and more than
-`rewards.max_missing` of them in one step stop the run.
+A missing score is counted and named; it never becomes a number. Its whole group is dropped, and with
+`rewards.on_missing: error` more than `rewards.max_missing` of them in one step stop the run.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from common.config.run import RewardsSection
 from common.rewards.recipe import Recipe
+from common.rewards.tally import Tally, tally
+from common.rewards.threads import Verifying
 from common.types import Missing, Reward, RolloutGroup, Sample, Score
+
+Results = list[dict[str, Score | Missing]]
 
 
 class ScoreMissing(RuntimeError):
@@ -30,55 +35,63 @@ class ScoredGroup:
 
 @dataclass(frozen=True)
 class Scored:
-    """What came of scoring a list of groups: the complete ones, and how many scores each verifier left out."""
+    """What came of scoring a list of groups: the complete ones, and what each verifier did for all of them."""
 
-    groups: tuple[ScoredGroup, ...]
-    missing: dict[str, int]
+    groups: tuple[ScoredGroup, ...] = ()
+    tallies: Mapping[str, Tally] = field(default_factory=dict)
 
 
 class Scorer:
-    """Scores groups by a recipe."""
+    """Scores groups by a recipe, all verifiers at once."""
 
-    def __init__(self, recipe: Recipe, max_missing: int) -> None:
+    def __init__(self, recipe: Recipe, section: RewardsSection) -> None:
         self.recipe = recipe
-        self._max_missing = max_missing
+        self._section = section
+        self._verifying = Verifying(recipe.verifiers, section.deadline_s)
 
-    def score(self, groups: Sequence[RolloutGroup], already: Scored = Scored((), {})) -> Scored:
+    def score(self, groups: Sequence[RolloutGroup], already: Scored = Scored()) -> Scored:
         """Rewards of all groups, behind those that the step has already.
 
         Raises ScoreMissing when more scores of the step are missing than allowed, or no group of it is complete.
         """
-        samples = [Sample(group.prompt, rollout) for group in groups for rollout in group.rollouts]
-        results: list[dict[str, Score | Missing]] = [{} for _ in samples]
-        for name, verifier in self.recipe.verifiers.items():
-            chosen = [index for index, sample in enumerate(samples) if name in self.recipe.terms[sample.prompt.label]]
-            scores = verifier.score([samples[index] for index in chosen])
-            for index, score in zip(chosen, scores, strict=True):
-                results[index][name] = score
-        new = self._collect(groups, results)
-        missing = {name: already.missing.get(name, 0) + lost for name, lost in new.missing.items()}
-        scored = Scored(already.groups + new.groups, missing)
-        if sum(missing.values()) > self._max_missing:
+        results = self.results([Sample(group.prompt, rollout) for group in groups for rollout in group.rollouts])
+        tallies = {name: already.tallies.get(name, Tally()) + new for name, new in self._tallies(results).items()}
+        scored = Scored(already.groups + self._complete(groups, results), tallies)
+        lost = sum(each.missing for each in tallies.values())
+        if self._section.on_missing == "error" and lost > self._section.max_missing:
             raise ScoreMissing(
-                f"{_missing(results)}. Limit is {self._max_missing} a step (rewards.max_missing). "
-                "Raise it to go on without the groups concerned."
+                f"{_missing(results)}. Limit is {self._section.max_missing} a step (rewards.max_missing). "
+                "Raise it, or set rewards.on_missing to drop, to go on without the groups concerned."
             )
         if groups and not scored.groups:
             raise ScoreMissing(f"{_missing(results)}. Every group lost one, so nothing is left to train on.")
         return scored
 
-    def _collect(self, groups: Sequence[RolloutGroup], results: list[dict[str, Score | Missing]]) -> Scored:
-        complete, missing, start = [], dict.fromkeys(self.recipe.verifiers, 0), 0
+    def results(self, samples: Sequence[Sample]) -> Results:
+        """For each sample the result of each verifier that its label asks for."""
+        results: Results = [{} for _ in samples]
+        chosen = {
+            name: [index for index, sample in enumerate(samples) if self.recipe.needs(sample.prompt.label, name)]
+            for name in self.recipe.verifiers
+        }
+        work = {name: [samples[index] for index in indices] for name, indices in chosen.items()}
+        for name, scores in self._verifying.results(work).items():
+            for index, score in zip(chosen[name], scores, strict=True):
+                results[index][name] = score
+        return results
+
+    def _tallies(self, results: Results) -> dict[str, Tally]:
+        return {name: tally([result[name] for result in results if name in result]) for name in self.recipe.verifiers}
+
+    def _complete(self, groups: Sequence[RolloutGroup], results: Results) -> tuple[ScoredGroup, ...]:
+        complete, start = [], 0
         for group in groups:
             members = results[start : start + len(group.rollouts)]
             start += len(group.rollouts)
-            absent = [name for member in members for name, score in member.items() if isinstance(score, Missing)]
-            for name in absent:
-                missing[name] += 1
-            if not absent:
-                terms = self.recipe.terms[group.prompt.label]
-                complete.append(ScoredGroup(group, tuple(_reward(terms, member) for member in members)))
-        return Scored(tuple(complete), missing)
+            if not any(isinstance(score, Missing) for member in members for score in member.values()):
+                label = group.prompt.label
+                complete.append(ScoredGroup(group, tuple(self.recipe.reward(label, member) for member in members)))
+        return tuple(complete)
 
 
 def _missing(results: list[dict[str, Score | Missing]]) -> str:
@@ -89,11 +102,6 @@ def _missing(results: list[dict[str, Score | Missing]]) -> str:
     first = next(score for name, score in missing if name == worst)
     others = f" ({len(missing)} with other verifiers)" if lost < len(missing) else ""
     return f'verifier "{worst}": {lost} of {asked} scores missing{others}, the first because {first.reason}'
-
-
-def _reward(terms: dict[str, float], scores: dict[str, Score | Missing]) -> Reward:
-    present = {name: score for name, score in scores.items() if isinstance(score, Score)}
-    return Reward(sum(weight * present[name].value for name, weight in terms.items()), present)
 
 
 def score_arrays(

@@ -100,7 +100,9 @@ CROSS_CHECKS = [
     Case("{evaluation: {every: 5}}", "data.heldout", "[]", "has no prompts. Name a file"),
     Case("{rewards: {recipe: {l: {anser: 1}}}}", "rewards.recipe.l.anser", "1.0", "Known: answer. Add it under rewa"),
     Case("{rewards: {recipe: {l: {}}}}", "rewards.recipe.l", "{}", "every response would score 0. Name a verifier"),
-    Case("{rewards: {verifiers: {x: {rule: a, judge: b}}}}", "rewards.verifiers.x", "{'rule': 'a'", "Set exactly one"),
+    Case(
+        "{rewards: {verifiers: {x: {judge: j}}}}", "rewards.verifiers.x.judge", "'j'", "Known: none. Include its file"
+    ),
     Case(
         "{rewards: {verifiers: {x: {rule: overlong, options: {max_length: 4096}}}}}",
         "rewards.verifiers.x.options.max_length",
@@ -124,6 +126,37 @@ def test_wrong_value(case: Case, tmp_path: Path) -> None:
     assert text.endswith(".")
     from_word = message(tmp_path, "run: {}", word(case.line))
     assert from_word == text.replace(f"({layer}:2)", "(command line)")
+
+
+JUDGE = "{server: %s, prompts: {en: {user: '{response}'}}, read_out: {type: scalar}}"
+JUDGED = """\
+servers: {s: {engine: vllm, model: m, urls: [u]}}
+rewards: {judges: {j: %s}, verifiers: {x: %s}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("server", "verifier", "start", "end"),
+    [
+        ("s", "{judge: j, rule: answer}", "rewards.verifiers.x = {'rule': 'answer'", "Set exactly one of the three."),
+        (
+            "s",
+            "{judge: k}",
+            "rewards.verifiers.x.judge = 'k'",
+            "Known: j. Include its file of configs/judge, add it und",
+        ),
+        (
+            "s",
+            "{judge: j, options: {a: 1}}",
+            "rewards.verifiers.x.options = {'a': 1}",
+            "is described under rewards.judg",
+        ),
+        ("t", "{judge: j}", "rewards.judges.j.server = 't'", "Known: s. Add it under servers or correct the name."),
+    ],
+)
+def test_judges_and_servers_are_named(server: str, verifier: str, start: str, end: str, tmp_path: Path) -> None:
+    text = message(tmp_path, JUDGED % (JUDGE % server, verifier))
+    assert text.startswith(start) and end in text
 
 
 @pytest.mark.parametrize(

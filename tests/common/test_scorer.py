@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 
 from common.config import ConfigError, load_config
+from common.config.run import RewardsSection
 from common.rewards.recipe import Recipe
 from common.rewards.scorer import Scored, ScoreMissing, Scorer, score_arrays
+from common.rewards.tally import Tally
+from common.serving.servers import Servers
 from common.types import Message, Missing, Prompt, Rollout, RolloutGroup, Sample, Score, Span
+from tests.common.rewards.samples import rollout
 
 RUN_FILE = """\
 run: {dir: runs/test, steps: 1}
@@ -27,7 +31,6 @@ rewards:
     words: {rule: instructions}
     length: {rule: overlong, options: {max_length: 10, buffer: 4}}
     unused: {rule: think_format}
-    judged: {judge: safety}
     broken: {rule: nonsense}
     options: {rule: answer, options: {limt_s: 3}}
     short: {rule: overlong, options: {max_length: 3, buffer: 4}}
@@ -36,11 +39,13 @@ rewards:
     math: {answer: 0.9, length: 0.1}
     text: {words: 1.0, length: 0.5}
     plain: {answer: 2.0}
-    judged: {answer: 1.0, judged: 1.0}
     broken: {broken: 1.0}
     options: {options: 1.0}
     short: {short: 1.0}
     bare: {bare: 1.0}
+    gated: {answer: 2.0}
+  gates:
+    gated: [unused]
 """
 
 
@@ -48,7 +53,7 @@ def recipe(folder: Path, *labels: str) -> Recipe:
     path = folder / "run.yaml"
     path.write_text(RUN_FILE, encoding="utf-8")
     loaded = load_config([path])
-    return Recipe(loaded.config.rewards, labels, loaded.origin)
+    return Recipe(loaded.config.rewards, Servers({}, loaded.origin), labels, loaded.origin)
 
 
 def group(label: str, *texts: str, reference: Any = "4", draw: int = 0) -> RolloutGroup:
@@ -68,6 +73,14 @@ def values(scored: Scored) -> list[list[dict[str, float]]]:
         [{name: score.value for name, score in reward.scores.items()} for reward in one.rewards]
         for one in scored.groups
     ]
+
+
+def scorer(made: Recipe, max_missing: int = 0, **changes: Any) -> Scorer:
+    return Scorer(made, RewardsSection(verifiers={}, recipe={}, max_missing=max_missing, **changes))
+
+
+def missing(scored: Scored) -> dict[str, int]:
+    return {name: tally.missing for name, tally in scored.tallies.items()}
 
 
 CONSTRAINTS = [["Length", "Words", "at most 2 words"]]
@@ -105,7 +118,7 @@ def test_totals_are_the_weighted_sums_of_the_labels_own_verifiers(tmp_path: Path
         group("text", "two words", "but these are four", reference=CONSTRAINTS),
         group("plain", "4", "1234567890"),
     ]
-    scored = Scorer(recipe(tmp_path, "math", "text", "plain"), 0).score(groups)
+    scored = scorer(recipe(tmp_path, "math", "text", "plain")).score(groups)
     assert [one.group for one in scored.groups] == groups
     assert values(scored) == [
         [{"answer": 1.0, "length": 0.0}, {"answer": 0.0, "length": 0.0}],
@@ -114,14 +127,14 @@ def test_totals_are_the_weighted_sums_of_the_labels_own_verifiers(tmp_path: Path
     ]
     totals = [[reward.total for reward in one.rewards] for one in scored.groups]
     assert totals == [[0.9, 0.0], [1.0 - 0.375, -0.5], [2.0, 0.0]]
-    assert scored.missing == {"answer": 0, "words": 0, "length": 0}
+    assert missing(scored) == {"answer": 0, "words": 0, "length": 0}
     assert scored.groups[0].rewards[0].scores["answer"].evidence == 'answer "4" equals reference "4"'
 
 
 def test_a_verifier_sees_the_samples_of_its_labels_alone(tmp_path: Path) -> None:
     made, (answer, words) = failing(tmp_path, "answer", "words")
     groups = [group("math", "a", "b"), group("text", "c", "d"), group("math", "e", "f", draw=2)]
-    Scorer(made, 0).score(groups)
+    scorer(made).score(groups)
     assert [sample.rollout.text for sample in answer.seen] == ["a", "b", "e", "f"]
     assert [sample.rollout.text for sample in words.seen] == ["c", "d"]
     assert answer.seen[2] == Sample(groups[2].prompt, groups[2].rollouts[0])
@@ -134,7 +147,7 @@ def test_only_verifiers_that_the_data_needs_are_built(tmp_path: Path) -> None:
 
 
 def test_nothing_to_score(tmp_path: Path) -> None:
-    assert Scorer(recipe(tmp_path, "math"), 0).score([]) == Scored((), {"answer": 0, "length": 0})
+    assert scorer(recipe(tmp_path, "math")).score([]) == Scored((), {"answer": Tally(), "length": Tally()})
 
 
 # Missing scores -------------------------------------------------------------------------------------------------------
@@ -148,15 +161,15 @@ def test_missing_scores_are_counted_and_their_groups_dropped(tmp_path: Path) -> 
         group("text", "words", "fine", draw=2),
         group("text", "answer", "fine", draw=3),
     ]
-    scored = Scorer(made, 3).score(groups)
+    scored = scorer(made, 3).score(groups)
     assert [one.group.draw for one in scored.groups] == [1, 3]
-    assert scored.missing == {"answer": 2, "words": 1, "length": 0}
+    assert missing(scored) == {"answer": 2, "words": 1, "length": 0}
     assert all(isinstance(score, Score) for one in scored.groups for r in one.rewards for score in r.scores.values())
 
 
 def message(made: Recipe, limit: int, *groups: RolloutGroup) -> str:
     with pytest.raises(ScoreMissing) as caught:
-        Scorer(made, limit).score(groups)
+        scorer(made, limit).score(groups)
     return str(caught.value)
 
 
@@ -166,7 +179,7 @@ def test_over_the_limit_names_verifier_count_reason_and_limit(tmp_path: Path) ->
     groups = group("math", "answer", "answer", "answer"), group("math", "fine", draw=1), other
     assert message(made, 2, *groups) == (
         'verifier "answer": 3 of 4 scores missing, the first because answer is down. Limit is 2 a step '
-        "(rewards.max_missing). Raise it to go on without the groups concerned."
+        "(rewards.max_missing). Raise it, or set rewards.on_missing to drop, to go on without the groups concerned."
     )
 
 
@@ -175,7 +188,8 @@ def test_the_verifier_that_lost_most_is_blamed(tmp_path: Path) -> None:
     groups = group("math", "answer", "fine"), group("text", "words", "words", draw=1)
     assert message(made, 0, *groups) == (
         'verifier "words": 2 of 2 scores missing (3 with other verifiers), the first because words is down. '
-        "Limit is 0 a step (rewards.max_missing). Raise it to go on without the groups concerned."
+        "Limit is 0 a step (rewards.max_missing). Raise it, or set rewards.on_missing to drop, to go on without the "
+        "groups concerned."
     )
 
 
@@ -187,17 +201,38 @@ def test_nothing_left_to_train_on(tmp_path: Path) -> None:
     )
 
 
+def test_drop_goes_on_without_the_groups_as_long_as_one_is_left(tmp_path: Path) -> None:
+    made, _ = failing(tmp_path, "answer")
+    groups = [group("math", "answer", "answer"), group("math", "fine", "fine", draw=1)]
+    scored = scorer(made, on_missing="drop").score(groups)
+    assert [one.group.draw for one in scored.groups] == [1]
+    assert missing(scored)["answer"] == 2
+    with pytest.raises(ScoreMissing, match="nothing is left to train on"):
+        scorer(made, on_missing="drop").score(groups[:1])
+
+
+def test_gates_multiply_the_total(tmp_path: Path) -> None:
+    made = recipe(tmp_path, "gated")
+    assert list(made.verifiers) == ["answer", "unused"]
+    right, wrong = "<think>so</think>4", "<think>so</think>5"
+    prompt = group("gated", reference="4").prompt
+    rollouts = tuple(rollout(text) for text in (right, wrong, "4"))
+    (one,) = scorer(made).score([RolloutGroup(prompt, 0, np.zeros(2, np.int32), rollouts)]).groups
+    assert [reward.total for reward in one.rewards] == [2.0, 0.0, 0.0]
+    assert [reward.scores["unused"].value for reward in one.rewards] == [1.0, 1.0, 0.0]
+
+
 def test_refills_count_with_their_step(tmp_path: Path) -> None:
     made, _ = failing(tmp_path, "answer")
-    scorer, lost = Scorer(made, 2), group("math", "answer", "fine", draw=1)
-    first = scorer.score([group("math", "fine", "fine")])
-    second = scorer.score([lost], first)
+    scoring, lost = scorer(made, 2), group("math", "answer", "fine", draw=1)
+    first = scoring.score([group("math", "fine", "fine")])
+    second = scoring.score([lost], first)
     assert [one.group.draw for one in second.groups] == [0]
-    assert second.missing["answer"] == 1
-    third = scorer.score([lost, group("math", "fine", "fine", draw=2)], second)
+    assert missing(second)["answer"] == 1
+    third = scoring.score([lost, group("math", "fine", "fine", draw=2)], second)
     assert [one.group.draw for one in third.groups] == [0, 2]
     with pytest.raises(ScoreMissing, match=r"Limit is 2 a step"):
-        scorer.score([lost], third)
+        scoring.score([lost], third)
 
 
 # Recipes that cannot be built -----------------------------------------------------------------------------------------
@@ -206,20 +241,19 @@ def test_refills_count_with_their_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("label", "start", "line", "end"),
     [
-        ("other", "rewards.recipe", 19, "Labels with terms: bare, broken, judged, math, options, plain, short, text. "),
-        ("judged", "rewards.verifiers.judged.judge = 'safety'", 14, "this version has rules only. Leave the label out"),
-        ("broken", "rewards.verifiers.broken.rule = 'nonsense'", 15, "is no rule. Choose one of answer, instructions"),
-        ("options", "rewards.verifiers.options.options.limt_s", 16, "Did you mean 'limit_s'?"),
+        ("other", "rewards.recipe", 18, "Labels with terms: bare, broken, gated, math, options, plain, short, text. "),
+        ("broken", "rewards.verifiers.broken.rule = 'nonsense'", 14, "is no rule. Choose one of answer, instructions"),
+        ("options", "rewards.verifiers.options.options.limt_s", 15, "Did you mean 'limit_s'?"),
         (
             "short",
             "rewards.verifiers.short.options = {'max_length': 3",
-            17,
+            16,
             "must be at least 1 and at most max_length",
         ),
         (
             "bare",
             "rewards.verifiers.bare.options.max_length",
-            18,
+            17,
             "is not set and has no default. Set it in a run file",
         ),
     ],
@@ -253,7 +287,7 @@ def test_score_arrays(tmp_path: Path) -> None:
         group("text", "a", "b c", "d e f", reference=CONSTRAINTS),
         group("plain", "4", "5", "6"),
     ]
-    scored = Scorer(made, 0).score(groups)
+    scored = scorer(made).score(groups)
     totals, scores, present, weights = score_arrays(scored.groups, made)
     assert list(made.verifiers) == ["answer", "words", "length"]
     assert (totals.shape, scores.shape, present.shape, weights.shape) == ((3, 3), (3, 3, 3), (3, 3, 3), (3, 3))

@@ -150,15 +150,17 @@ def test_more_devices_than_there_are(begun: Path) -> None:
     assert "only 1 devices are visible (cpu)" in error
 
 
+NOBODY = "http://127.0.0.1:9"  # the port of the discard service, which nothing serves any more
+
 # name: (the third line of the data file, what the error must hold; DATA stands for the data file)
 RECORD_MISTAKES = {
     "unknown label": (
         json.dumps(prompt(2, LOWERCASE, label="instruction_rul")),
         ["DATA", "prompt 'p2'", "label 'instruction_rul'", "instruction_rule", "Correct the label"],
     ),
-    "a label that needs a judge": (
+    "a judge whose server is down": (
         json.dumps(prompt(2, LOWERCASE, label="judged")),
-        ["rewards.verifiers.safety.judge = 'some-model' (command line)", "label 'judged'", "rules only"],
+        [f"{NOBODY}/v1/models: ", ". Start it, or correct servers.safety.urls."],
     ),
     "not JSON": ('{"prompt": "Say', ["DATA:3: not valid JSON", "data.on_bad_record"]),
     "no prompt": (
@@ -183,7 +185,12 @@ def test_a_bad_record_is_named_and_leaves_a_run_as_it_was(tmp_path: Path, begun:
     lines = [json.dumps(prompt(n, LOWERCASE)) for n in range(12)]
     data.write_text("\n".join([*lines[:2], line, *lines[3:]]) + "\n")
     before = contents(begun.parent / "run")
-    judged = ["rewards.verifiers.safety={judge: some-model}", "rewards.recipe.judged={safety: 1.0}"]
+    judged = [
+        f"servers.safety={{engine: vllm, model: {begun.parent / 'model'}, urls: ['{NOBODY}']}}",
+        "rewards.judges.safety={server: safety, prompts: {en: {user: '{response}'}}, read_out: {type: scalar}}",
+        "rewards.verifiers.safety={judge: safety}",
+        "rewards.recipe.judged={safety: 1.0}",
+    ]
     words = ["data.on_long_prompt=error", *judged]
     error = said(safework("train", begun, "run.steps=6", f"data.train=[{{path: {data}}}]", *words))
     for part in expected:

@@ -1,0 +1,89 @@
+"""Verifiers of the user's own, named in a config as `module:name` and imported from where the command is run.
+
+A rule is a function of one sample and the verifier's options:
+
+    def shouts(sample: Sample, limit: int = 0) -> float: ...
+
+A reward model is a class that is made once with the options and called with all samples of a step:
+
+    class MyCustomRM:
+        def __init__(self, path: str) -> None: ...
+        def __call__(self, samples: Sequence[Sample]) -> list[float | None]: ...
+
+`sample.prompt` and `sample.rollout` are those of `common/types.py`. A score is a finite number, or a Score with
+evidence; None where there is none, which counts as missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from common.config.section import ConfigError
+from common.config.sentences import Origin, sentence
+from common.rewards.verifier import Verifier
+from common.types import Missing, Sample, Score
+
+
+class Custom(Verifier):
+    """Scores by something callable of the user's. What it raises stops the run as it is: it is the user's own fault to
+    see.
+    """
+
+    def __init__(self, name: str, judge: Callable[[Sequence[Sample]], Sequence[Any]]) -> None:
+        self.name, self._judge = name, judge
+
+    def score(self, samples: Sequence[Sample]) -> list[Score | Missing]:
+        """One score per sample, in order. Raises ConfigError when the user's code gives another number of them."""
+        found = self._judge(samples)
+        if len(found) != len(samples):
+            raise ConfigError(f"verifier {self.name!r} gave {len(found)} scores for {len(samples)} samples.")
+        return [_checked(score) for score in found]
+
+
+def custom_rule(name: str, path: str, options: Mapping[str, Any], key: str, origin: Origin) -> Verifier:
+    """The verifier of a `module:function`. Raises ConfigError when there is none."""
+    function = _imported(path, f"{key}.rule", origin)
+    judge = partial(function, **options)
+    return Custom(name, lambda samples: [judge(sample) for sample in samples])
+
+
+def custom_reward_model(name: str, path: str, options: Mapping[str, Any], key: str, origin: Origin) -> Verifier:
+    """The verifier of a `module:Class`. Raises ConfigError when there is none, or none can be made with the options."""
+    made = _imported(path, f"{key}.reward_model", origin)
+    try:
+        return Custom(name, made(**options))
+    except TypeError as error:
+        problem = f"{path} cannot be made with them ({error}). Correct the options or the class."
+        raise ConfigError(sentence(f"{key}.options", dict(options), origin(f"{key}.options"), problem)) from error
+
+
+def _imported(path: str, key: str, origin: Origin) -> Any:
+    module, _, name = path.partition(":")
+    # As `python -m` has it, and the installed command has not: a module beside the user's run files is found.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return vars(importlib.import_module(module))[name]
+    except ImportError as error:
+        problem = f"cannot be imported ({error}). Name module:function of a file in this folder or of a package."
+    except KeyError:
+        problem = f"{module} has no {name!r}. Correct the name."
+    raise ConfigError(sentence(key, path, origin(key), problem))
+
+
+def _checked(score: Any) -> Score | Missing:
+    if score is None or isinstance(score, Missing):
+        return score or Missing("the user's code gave no score")
+    try:
+        value = float(score.value if isinstance(score, Score) else score)
+    except (TypeError, ValueError):
+        return Missing(f"the user's code gave {score!r}, which is no number")
+    if not math.isfinite(value):
+        return Missing(f"the user's code gave {value}, which is not finite")
+    return score if isinstance(score, Score) else Score(value, f"{value:.4g}")
