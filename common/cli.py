@@ -20,6 +20,7 @@ from common.experiment import load_data, open_chat, policy_folder, reference_fol
 from common.export import DTYPES, export_model
 from common.parity.ladder import certificate, compare, table
 from common.run_dir import RunDir, not_written
+from common.serving.in_process import unopened
 
 CONFIG_HELP = "run files (YAML) and key=value overrides; later ones win"
 
@@ -94,7 +95,7 @@ def _counts(loaded: LoadedConfig) -> str:
     policy = policy_folder(loaded)
     chat = open_chat(loaded, policy)
     reference_folder(loaded, policy, chat)
-    data = load_data(loaded, chat)
+    data = load_data(loaded, chat, unopened)
     labels = ", ".join(data.recipe.terms)
     return f"{data.train.epoch_size} prompts an epoch, {len(data.heldout)} held out, labels: {labels}; ready to train"
 

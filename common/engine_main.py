@@ -12,10 +12,13 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from common.config import ConfigError, LoadedConfig, load_config
-from common.experiment import load_data, open_chat, open_run, policy_folder, reference_folder, refuse_other_data
+from common.data.chat import Chat
+from common.experiment import Data, load_data, open_chat, open_run, policy_folder, reference_folder, refuse_other_data
 from common.export import export_model, exported_checkpoint
 from common.interrupt import Interrupt
 from common.loop import Loop
@@ -25,10 +28,12 @@ from common.reporting import Reporter
 from common.rewards.scorer import ScoreMissing
 from common.rollout.sampler import RolloutSampler
 from common.run_dir import NotSaved, RunDir, not_written
+from common.serving.model import LocalJudge
 from common.serving.served import ServerError
 from common.trainer import NonFiniteUpdate
 
 OpenTrainer = Callable[[LoadedConfig, Path, Path | None], ParityTrainer]
+OpenEngineJudge = Callable[[LoadedConfig, Path], LocalJudge]
 
 # What the user can mend, said in a sentence; anything else is ours and keeps its traceback.
 USER_ERRORS = (ConfigError, NotSaved, ScoreMissing, ServerError, NonFiniteUpdate)
@@ -41,16 +46,27 @@ def split_arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, [word for word in words if word not in files]
 
 
-def run_verb(open_trainer: OpenTrainer, words: Sequence[str]) -> int:
+class Engine(NamedTuple):
+    """How an engine's program opens its policy and the models of judges in process."""
+
+    open_trainer: OpenTrainer
+    open_judge: OpenEngineJudge
+
+    def load_data(self, loaded: LoadedConfig, chat: Chat) -> Data:
+        """The config's data and recipe, with judges in process on this engine."""
+        return load_data(loaded, chat, partial(self.open_judge, loaded))
+
+
+def run_verb(engine: Engine, words: Sequence[str]) -> int:
     """Run one verb with its words; returns the process's exit status."""
     try:
         match words:
             case ["train", *config]:
-                return _train(open_trainer, _load(config), f"safework train {shlex.join(config)}")
+                return _train(engine, _load(config), f"safework train {shlex.join(config)}")
             case ["record", folder, steps, *config]:
-                return _record(open_trainer, _load(config), Path(folder), int(steps))
+                return _record(engine, _load(config), Path(folder), int(steps))
             case ["measure", recording, gradients, folder, *config]:
-                return _measure(open_trainer, _load(config), Path(recording), Path(gradients), Path(folder))
+                return _measure(engine.open_trainer, _load(config), Path(recording), Path(gradients), Path(folder))
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -65,12 +81,12 @@ def _load(words: Sequence[str]) -> LoadedConfig:
     return load_config(*split_arguments(words))
 
 
-def _train(open_trainer: OpenTrainer, loaded: LoadedConfig, command: str) -> int:
+def _train(engine: Engine, loaded: LoadedConfig, command: str) -> int:
     config = loaded.config
     policy = policy_folder(loaded)
     chat = open_chat(loaded, policy)
     reference = reference_folder(loaded, policy, chat)
-    data = load_data(loaded, chat)
+    data = engine.load_data(loaded, chat)
     with closing(open_run(loaded)) as run_dir:
         start = run_dir.state()
         if start.step >= config.run.steps:
@@ -80,7 +96,7 @@ def _train(open_trainer: OpenTrainer, loaded: LoadedConfig, command: str) -> int
             print(f"{run_dir.path}: already trained for {start.step} steps; raise run.steps to go on. Nothing to do.")
             return 0
         refuse_other_data(start, data)
-        trainer = open_trainer(loaded, policy, reference)
+        trainer = engine.open_trainer(loaded, policy, reference)
         sampler = RolloutSampler(trainer, chat, config.rollout, config.run.seed)
         with closing(data.recipe), Interrupt() as interrupt, Reporter(config, start.step) as reporter:
             if start.step:
@@ -102,12 +118,12 @@ def _export(run_dir: RunDir, step: int, policy: Path) -> None:
     export_model(run_dir.checkpoint(step), policy, run_dir.path / "export", "float32")
 
 
-def _record(open_trainer: OpenTrainer, loaded: LoadedConfig, folder: Path, steps: int) -> int:
+def _record(engine: Engine, loaded: LoadedConfig, folder: Path, steps: int) -> int:
     config = loaded.config
     policy = policy_folder(loaded)
     chat = open_chat(loaded, policy)
-    data = load_data(loaded, chat)
-    sampler = RolloutSampler(open_trainer(loaded, policy, None), chat, config.rollout, config.run.seed)
+    data = engine.load_data(loaded, chat)
+    sampler = RolloutSampler(engine.open_trainer(loaded, policy, None), chat, config.rollout, config.run.seed)
     with closing(data.recipe), _temporary(folder):
         record(config, data, sampler, folder, steps)
     return 0

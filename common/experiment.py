@@ -13,11 +13,12 @@ from common.config.run import DataSource
 from common.config.sentences import sentence
 from common.data.chat import Chat
 from common.data.dataset import LoadedSource, Mixture, load_source
-from common.data.model_config import read_model_config
+from common.data.model_config import is_classifier, read_model_config
 from common.data.model_folder import model_folder
 from common.rewards.recipe import Recipe
 from common.rollout.sampler import sampling_rule
 from common.run_dir import LoopState, RunDir
+from common.serving.in_process import OpenJudge
 from common.serving.servers import Servers
 from common.types import Prompt
 
@@ -35,10 +36,11 @@ class Data:
     digests: dict[str, str]
 
 
-def load_data(loaded: LoadedConfig, chat: Chat) -> Data:
+def load_data(loaded: LoadedConfig, chat: Chat, open_judge: OpenJudge) -> Data:
     """Read every source, report what was left out, and check each prompt against the recipe.
 
-    Raises ConfigError for bad records, prompts or labels, naming the file.
+    Raises ConfigError for bad records, prompts or labels, naming the file, and ServerError for judges whose server
+    cannot be used.
     """
     config = loaded.config
 
@@ -51,7 +53,7 @@ def load_data(loaded: LoadedConfig, chat: Chat) -> Data:
     train, heldout = load(config.data.train), load(config.data.heldout)
     for source in train + heldout:
         _report_left_out(source)
-    recipe = _checked_recipe(loaded, train + heldout)
+    recipe = _checked_recipe(loaded, train + heldout, open_judge)
     return Data(
         train=Mixture(train, config.run.seed),
         heldout=tuple(prompt for source in heldout for prompt in source.prompts),
@@ -66,7 +68,7 @@ def _report_left_out(source: LoadedSource) -> None:
             print(f"{source.path}: {len(reasons)} {kind}, the first: {reasons[0]}", file=sys.stderr)
 
 
-def _checked_recipe(loaded: LoadedConfig, sources: Sequence[LoadedSource]) -> Recipe:
+def _checked_recipe(loaded: LoadedConfig, sources: Sequence[LoadedSource], open_judge: OpenJudge) -> Recipe:
     """The recipe of the labels that the data has, with every prompt accepted by the verifiers of its label."""
     rewards = loaded.config.rewards
     prompts = [(source.path, prompt) for source in sources for prompt in source.prompts]
@@ -82,7 +84,7 @@ def _checked_recipe(loaded: LoadedConfig, sources: Sequence[LoadedSource]) -> Re
                 f"{path}: prompt {prompt.id!r} has images, and the model {loaded.config.model.path!r} reads text only. "
                 "Remove the prompt."
             )
-    servers = Servers(loaded.config.servers, loaded.origin)
+    servers = Servers(loaded.config.servers, loaded.origin, open_judge)
     recipe = Recipe(rewards, servers, (prompt.label for _, prompt in prompts), loaded.origin)
     for path, prompt in prompts:
         try:
@@ -145,8 +147,12 @@ def _forbidden_changes(run_dir: RunDir, loaded: LoadedConfig) -> list[str]:
 
 
 def policy_folder(loaded: LoadedConfig) -> Path:
-    """The local folder of the policy's starting point."""
-    return _folder(loaded, "model.path", loaded.config.model.path)
+    """The local folder of the policy's starting point. Raises ConfigError for a model that cannot write."""
+    folder = _folder(loaded, "model.path", loaded.config.model.path)
+    if is_classifier(read_model_config(folder)):
+        problem = "has a classification head and cannot write. Choose a causal language model."
+        raise ConfigError(sentence("model.path", loaded.config.model.path, loaded.origin("model.path"), problem))
+    return folder
 
 
 def open_chat(loaded: LoadedConfig, policy: Path) -> Chat:

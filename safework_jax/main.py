@@ -11,22 +11,35 @@ import jax.numpy as jnp
 
 from common import arrays
 from common.config import LoadedConfig
-from common.engine_main import run_verb
+from common.engine_main import Engine, run_verb
 from safework_jax.config import JaxSection
+from safework_jax.judging import JaxJudge
+from safework_jax.sharding import make_mesh
 from safework_jax.trainer import JaxTrainer
 
 
 def open_trainer(loaded: LoadedConfig, policy: Path, reference: Path | None) -> JaxTrainer:
     """Register JAX with the mathematics and load the models."""
-    if loaded.config.backend.threads:
-        # XLA sizes its CPU thread pool by the processors it may run on, when its first device is opened.
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: loaded.config.backend.threads])
+    _prepare(loaded)
     arrays.register(arrays.Engine(jax.Array, jnp, jax.lax.stop_gradient, jax.ops.segment_sum))
-    # backend.dtype is what products are computed in; left alone, fp32 would mean TF32 on a GPU and bf16 on a TPU.
-    jax.config.update("jax_default_matmul_precision", "highest")
     assert isinstance(loaded.engine, JaxSection)
     return JaxTrainer(loaded.config, loaded.engine, policy, reference)
 
 
+def open_judge(loaded: LoadedConfig, folder: Path) -> JaxJudge:
+    """A model that judges ask, in the dtype of the run, over the same devices as the policy."""
+    _prepare(loaded)
+    assert isinstance(loaded.engine, JaxSection)
+    return JaxJudge(folder, loaded.config.backend.dtype, make_mesh(loaded.engine.fsdp))
+
+
+def _prepare(loaded: LoadedConfig) -> None:
+    if loaded.config.backend.threads:
+        # XLA sizes its CPU thread pool by the processors it may run on, when its first device is opened.
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: loaded.config.backend.threads])
+    # backend.dtype is what products are computed in; left alone, fp32 would mean TF32 on a GPU and bf16 on a TPU.
+    jax.config.update("jax_default_matmul_precision", "highest")
+
+
 if __name__ == "__main__":
-    sys.exit(run_verb(open_trainer, sys.argv[1:]))
+    sys.exit(run_verb(Engine(open_trainer, open_judge), sys.argv[1:]))

@@ -40,6 +40,11 @@ def sample(
     return responses
 
 
+def last_hidden(config: DecoderConfig, params: Params, prompts: Sequence[np.ndarray], dtype: jnp.dtype) -> jax.Array:
+    """The final-normed hidden state of each prompt's last token: [P D], and of some rows of padding behind them."""
+    return _prefill(config, params, *_padded(list(prompts)), dtype)[0]
+
+
 class _Chunk:
     """One set of responses being decoded together.
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from common import arrays
 from common.config import LoadedConfig
-from common.engine_main import run_verb
+from common.engine_main import Engine, run_verb
 from safework_torch.config import TorchSection
+from safework_torch.judging import TorchJudge
 from safework_torch.trainer import TorchTrainer
 
 
@@ -21,12 +22,22 @@ def _segment_sum(values: Tensor, ids: Tensor, num_segments: int) -> Tensor:
 
 def open_trainer(loaded: LoadedConfig, policy: Path, reference: Path | None) -> TorchTrainer:
     """Register torch with the mathematics, set its threads, and load the models."""
+    _prepare(loaded)
     arrays.register(arrays.Engine(Tensor, torch, Tensor.detach, _segment_sum))
-    if loaded.config.backend.threads:
-        torch.set_num_threads(loaded.config.backend.threads)
     assert isinstance(loaded.engine, TorchSection)
     return TorchTrainer(loaded.config, loaded.engine, policy, reference)
 
 
+def open_judge(loaded: LoadedConfig, folder: Path) -> TorchJudge:
+    """A model that judges ask, in the dtype of the run."""
+    _prepare(loaded)
+    return TorchJudge(folder, loaded.config.backend.dtype)
+
+
+def _prepare(loaded: LoadedConfig) -> None:
+    if loaded.config.backend.threads:
+        torch.set_num_threads(loaded.config.backend.threads)
+
+
 if __name__ == "__main__":
-    sys.exit(run_verb(open_trainer, sys.argv[1:]))
+    sys.exit(run_verb(Engine(open_trainer, open_judge), sys.argv[1:]))

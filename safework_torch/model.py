@@ -11,9 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
+from common.data.model_config import is_classifier
 from common.data.model_weights import checked_model
 
 # Families that may mix full and sliding-window layers, and take one mask for each kind.
@@ -22,16 +28,15 @@ _MIXING_FAMILIES = ("qwen2", "qwen3")
 _KEPT_BY_DOTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 
 
-def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
-    """The model of a Hugging Face folder in fp32, in training mode, on a device.
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of a Hugging Face folder in training mode, on a device: a causal language model, or a classifier.
 
     Raises ConfigError for a config.json that the engines do not compute, and for tensors that do not fit it.
     """
-    checked_model(folder)  # transformers makes up what a file lacks, with a log line
+    hf = checked_model(folder)  # transformers makes up what a file lacks, with a log line
+    kind = AutoModelForSequenceClassification if is_classifier(hf) else AutoModelForCausalLM
     transformers_logging.disable_progress_bar()
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa"
-    )
+    model: PreTrainedModel = kind.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     # torch gives the padding token's embedding no gradient; here padding is no token, and often the end token is.
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
@@ -83,6 +88,11 @@ def by_layer_kind(config: PreTrainedConfig, full: Tensor, distance: Tensor) -> T
     if "sliding_attention" in config.layer_types:
         masks["sliding_attention"] = full & (distance < config.sliding_window)
     return masks
+
+
+def next_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Hidden states [P D] -> the logits of the tokens after them, fp32 [P V]."""
+    return (hidden @ head(model).to(hidden.dtype).T).float()
 
 
 def head(model: PreTrainedModel) -> nn.Parameter:

@@ -18,6 +18,7 @@ from common.trainer import Response, Sampling, SamplingPrompt
 from safework_torch.decoding.cache import KeyValueCache, Layout
 from safework_torch.decoding.prefill import prefill
 from safework_torch.decoding.step import DecodeStep
+from safework_torch.model import next_logits
 from safework_torch.token_choice import choose
 
 # Rows are compacted once this share of them, or fewer, is still running.
@@ -68,7 +69,8 @@ def _decode_chunk(
     """Decode one set of rows to the end; responses in the order of the chunk."""
     indices = sorted({index for index, _ in chunk})
     token_ids = [prompts[index].token_ids for index in indices]
-    cache, layout, logits = prefill(model, token_ids, sampling.max_new_tokens, decode.dtype)
+    cache, layout, last = prefill(model, token_ids, sampling.max_new_tokens, decode.dtype)
+    logits = next_logits(model, last)
     source = torch.tensor([indices.index(index) for index, _ in chunk], device=model.device)
     numbers = np.stack([prompts[index].uniforms[row] for index, row in chunk])
     rows = _Rows(

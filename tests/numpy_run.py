@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.engine_main import run_verb
-from tests.numpy_trainer import NumpyTrainer, open_trainer
+from common.engine_main import Engine, run_verb
+from tests.numpy_trainer import NumpyTrainer, open_judge, open_trainer
 from tests.runs import read_lines
 
 
@@ -43,5 +43,5 @@ def train(run_file: Path, *words: str) -> Trained:
         opened.append(open_trainer(*arguments))
         return opened[-1]
 
-    status = run_verb(open_and_keep, ["train", str(run_file), *words])
+    status = run_verb(Engine(open_and_keep, open_judge), ["train", str(run_file), *words])
     return Trained(status, opened, run_file.parent / "run")

@@ -21,7 +21,8 @@ from common import arrays
 from common.algorithms.objective import Sums, TokenArrays, objective, update_record
 from common.config import LoadedConfig, RunConfig
 from common.config.method import LossConfig
-from common.engine_main import run_verb
+from common.engine_main import Engine, run_verb
+from common.serving.model import LocalJudge
 from common.state_files import TrainingState, read_state, write_state
 from common.trainer import NonFiniteUpdate, Response, Sampling, SamplingPrompt
 from common.types import TrainBatch
@@ -252,5 +253,10 @@ def open_trainer(loaded: LoadedConfig, policy: Path, reference: Path | None) -> 
     return NumpyTrainer(loaded.config, json.loads((policy / "config.json").read_text())["vocab_size"])
 
 
+def open_judge(loaded: LoadedConfig, folder: Path) -> LocalJudge:
+    """Judges in process need an engine of models; this one has a table."""
+    raise AssertionError(f"{loaded.config.run.dir} asks for a judge in process, {folder}")
+
+
 if __name__ == "__main__":
-    sys.exit(run_verb(open_trainer, sys.argv[1:]))
+    sys.exit(run_verb(Engine(open_trainer, open_judge), sys.argv[1:]))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHATML = (
@@ -31,18 +31,33 @@ SIZES = {
     "tie_word_embeddings": False,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
 def make_model(folder: Path, model_type: str = "llama", seed: int = 0, **changes: Any) -> Path:
     """Write a model folder with random weights and a byte-level tokenizer; `changes` go into config.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {**SIZES, "model_type": model_type, "architectures": [ARCHITECTURES[model_type]], **changes}
+    config = {**SIZES, "model_type": model_type, "architectures": [f"{FAMILIES[model_type]}ForCausalLM"], **changes}
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": config["eos_token_id"]}))
     save_file(random_weights(config, seed), folder / "model.safetensors", {"format": "pt"})
     make_tokenizer(folder)
+    return folder
+
+
+def make_classifier(folder: Path, model_type: str = "llama", classes: int = 6, **changes: Any) -> Path:
+    """A model folder that ends in a head of `classes` outputs."""
+    make_model(folder, model_type, tie_word_embeddings=True, **changes)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["architectures"] = [f"{FAMILIES[model_type]}ForSequenceClassification"]
+    config["id2label"] = {str(index): f"LABEL_{index}" for index in range(classes)}
+    file.write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    rng = np.random.default_rng(classes)
+    weights["score.weight"] = rng.normal(0.0, 0.3, (classes, config["hidden_size"])).astype(np.float32)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

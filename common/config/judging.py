@@ -85,17 +85,30 @@ class JudgeSection(Section):
 
 
 class ServerSection(Section):
-    """A model that judges ask: behind HTTP on vLLM or SGLang servers, the same model at each of `urls`.
+    """A model that judges ask, whatever it runs on. All judges that name a server share it.
 
-    model: a local Hugging Face folder or a hub name; its tokenizer writes the questions. served_name: what the servers
-    call it, if not `model`. concurrency: questions in flight at each url. deadline_s: seconds for one question, with
-    all its retries.
+    engine: `vllm` and `sglang` serve it over HTTP, the same model at each of `urls`; with `in_process` it lives beside
+    the policy, on the trainer's own engine and in its dtype. model: a local Hugging Face folder, a hub name, or an
+    `embedded:` model; its tokenizer writes the questions.
+    Over HTTP: served_name is what the servers call it, if not `model`; concurrency: questions in flight at each url;
+    deadline_s: seconds for one question, with all its retries.
+    In process: rows are questions computed side by side; rests_in: where the weights are while nobody asks.
     """
 
-    engine: Literal["vllm", "sglang"]
+    engine: Literal["vllm", "sglang", "in_process"]
     model: str
-    urls: list[str] = Field(min_length=1)
+    urls: list[str] = Field(default_factory=list)
     served_name: str | None = None
     concurrency: PositiveInt = 64
     deadline_s: PositiveFloat = 120.0
     retries: NonNegativeInt = 3
+    rows: PositiveInt = 16
+    rests_in: Literal["device", "host"] = "device"
+
+    @model_validator(mode="after")
+    def _has_place(self) -> ServerSection:
+        if self.engine == "in_process" and self.urls:
+            raise ValueError("a model in process has no urls. Leave them out, or set engine to vllm or sglang")
+        if self.engine != "in_process" and not self.urls:
+            raise ValueError(f"an engine of {self.engine} is reached by HTTP. Give its urls, one for each replica")
+        return self

@@ -78,6 +78,16 @@ def _check_sizes(hf: Mapping[str, Any]) -> None:
         raise _refusal("head_dim", head_dim(hf), "it must be even, because rotary embedding turns pairs. Correct it")
 
 
+def is_classifier(hf: Mapping[str, Any]) -> bool:
+    """Whether the model ends in a scalar or classification head instead of one over the vocabulary."""
+    return any(str(name).endswith("ForSequenceClassification") for name in hf.get("architectures") or ())
+
+
+def num_classes(hf: Mapping[str, Any]) -> int:
+    """Outputs of a classifier's head; transformers' own default where the config does not say."""
+    return len(hf.get("id2label") or ()) or hf.get("num_labels") or 2
+
+
 def num_kv_heads(hf: Mapping[str, Any]) -> int:
     """Heads of keys and values; all of them where the config does not say."""
     return hf.get("num_key_value_heads") or hf["num_attention_heads"]

@@ -4,6 +4,7 @@ them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -14,9 +15,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from common.config.section import ConfigError
-from common.data.model_config import head_dim, num_kv_heads, read_model_config
+from common.data.model_config import head_dim, is_classifier, num_classes, num_kv_heads, read_model_config
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+SCORE = "score.weight"  # the scalar or classification head of a model that judges
 
 Shape = tuple[int, ...]
 
@@ -80,6 +82,21 @@ def checked_model(folder: Path) -> dict[str, Any]:
     return hf
 
 
+def read_score_head(folder: Path) -> np.ndarray:
+    """The head of a classifier's folder: float32 [C D]."""
+    with ExitStack() as files:
+        return open_tensors(folder, files)[SCORE].get_tensor(SCORE).astype(np.float32)
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 over config.json and every safetensors file of a folder, names included."""
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
 def _some(names: Iterable[str]) -> str:
     names = sorted(names)
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
@@ -89,7 +106,9 @@ def tensor_shapes(hf: Mapping[str, Any]) -> dict[str, Shape]:
     """The name and shape of every tensor that an accepted `config.json` asks for."""
     width, vocabulary = hf["hidden_size"], hf["vocab_size"]
     shapes: dict[str, Shape] = {EMBEDDING: (vocabulary, width), "model.norm.weight": (width,)}
-    if not hf.get("tie_word_embeddings", False):
+    if is_classifier(hf):
+        shapes[SCORE] = (num_classes(hf), width)
+    elif not hf.get("tie_word_embeddings", False):
         shapes[HEAD] = (vocabulary, width)
     layer = _layer_shapes(hf)
     for index in range(hf["num_hidden_layers"]):

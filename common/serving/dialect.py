@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from common.serving.http import Call
 
 
@@ -20,7 +22,7 @@ class Seen(NamedTuple):
     images: list[str]
 
 
-Rendered = Sequence[int] | Seen
+Rendered = np.ndarray | Seen  # token ids int32 [T], or a question with images
 
 
 class Dialect(Protocol):

@@ -61,3 +61,26 @@ class JudgeModel(Protocol):
     def close(self) -> None:
         """Release what the model holds."""
         ...
+
+
+class LocalJudge(Protocol):
+    """A frozen model beside the trainer that judges ask: a causal language model, or one with a scalar or class head.
+
+    Prompts are int32 [T] each, of any lengths, computed side by side. A question brings resting weights back.
+    """
+
+    def next_logprobs(self, prompts: Sequence[np.ndarray], token_ids: Sequence[int]) -> np.ndarray:
+        """float32 [N L]: the log-probability of each of L tokens as the next one, over the whole vocabulary."""
+        ...
+
+    def generate(self, prompts: Sequence[np.ndarray], max_tokens: int, stop_ids: tuple[int, ...]) -> list[np.ndarray]:
+        """The greedy continuation of each prompt: int32 [<= max_tokens], a stop token included."""
+        ...
+
+    def head(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
+        """float32 [N C]: the outputs of the head at each prompt's last token, without any activation."""
+        ...
+
+    def rest(self) -> None:
+        """Move the weights to host memory until the next question."""
+        ...

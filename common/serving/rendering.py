@@ -21,12 +21,12 @@ class Renderer:
         self.chat = Chat(folder)
 
     def __call__(self, question: Question) -> Rendered:
-        """int32 token ids, or turns with images. Raises ConfigError when an image cannot be read."""
+        """Token ids int32 [T], or turns with images. Raises ConfigError when an image cannot be read."""
         if any(isinstance(part, Image) for part in question.user):
             return self._seen(question)
         system = [] if question.system is None else [Message("system", question.system)]
         user = Message("user", "".join(str(part) for part in question.user))
-        return self.chat.encode_prompt([*system, user]).tolist()
+        return self.chat.encode_prompt([*system, user])
 
     def _seen(self, question: Question) -> Seen:
         parts: list[dict[str, Any]] = []

@@ -46,7 +46,7 @@ def _asked(question: Rendered, max_tokens: int) -> dict[str, Any]:
 def _prompt(question: Rendered) -> dict[str, Any]:
     if isinstance(question, Seen):
         return {"text": question.text, "image_data": question.images}
-    return {"input_ids": list(question)}
+    return {"input_ids": question.tolist()}
 
 
 def _text(reply: Any) -> str:

@@ -24,7 +24,7 @@ def generate(name: str, question: Rendered, max_tokens: int) -> Call:
     payload = {"model": name, "max_tokens": max_tokens, "temperature": 0}
     if isinstance(question, Seen):
         return Call("/v1/chat/completions", payload | {"messages": question.turns}, _chat_text)
-    return Call("/v1/completions", payload | {"prompt": list(question)}, _text)
+    return Call("/v1/completions", payload | {"prompt": question.tolist()}, _text)
 
 
 def label_logprobs(name: str, question: Rendered, label_ids: Sequence[int]) -> Call:
@@ -51,14 +51,14 @@ def label_logprobs(name: str, question: Rendered, label_ids: Sequence[int]) -> C
         found = reply["choices"][0]["logprobs"]["top_logprobs"][0]
         return np.array([found[key] for key in keys], np.float32)
 
-    return Call("/v1/completions", payload | {"prompt": list(question), "logprobs": 0}, read)
+    return Call("/v1/completions", payload | {"prompt": question.tolist(), "logprobs": 0}, read)
 
 
 def head(name: str, question: Rendered) -> Call:
     """See Dialect."""
     # Without the switch vLLM sends a sigmoid or softmax of them.
     payload: dict[str, Any] = {"model": name, "use_activation": False}
-    asked = {"messages": question.turns} if isinstance(question, Seen) else {"input": list(question)}
+    asked = {"messages": question.turns} if isinstance(question, Seen) else {"input": question.tolist()}
     return Call("/classify", payload | asked, lambda reply: np.array(reply["data"][0]["probs"], np.float32))
 
 

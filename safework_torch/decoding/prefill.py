@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from safework_torch.decoding.cache import KeyValueCache, Layout
-from safework_torch.model import head
 
 
 def prefill(
@@ -18,8 +17,8 @@ def prefill(
 ) -> tuple[KeyValueCache, Layout, Tensor]:
     """Run prompts, int32 [T] each, through the model.
 
-    Returns the cache with `room` slots left for the response, the layout of its rows, and the logits after each prompt,
-    fp32 [P V].
+    Returns the cache with `room` slots left for the response, the layout of its rows, and the hidden state of each
+    prompt's last token [P D].
     """
     shared, longest = _shared(prompts), max(map(len, prompts))
     tokens = torch.zeros((len(prompts), longest), dtype=torch.int64)
@@ -32,8 +31,7 @@ def prefill(
     if shared:
         _run(model, tokens[:1, :shared], layout.take(padding.new_zeros(1)), cache)
         cache.select(torch.zeros_like(padding))
-    last = _run(model, tokens[:, shared:], layout, cache)[:, -1]
-    return cache, layout, (last @ head(model).to(last.dtype).T).float()
+    return cache, layout, _run(model, tokens[:, shared:], layout, cache)[:, -1]
 
 
 def _shared(prompts: Sequence[np.ndarray]) -> int:

@@ -13,6 +13,7 @@ from common.config.run import RewardsSection
 from common.rewards.recipe import Recipe
 from common.rewards.scorer import Scored, ScoreMissing, Scorer, score_arrays
 from common.rewards.tally import Tally
+from common.serving.in_process import unopened
 from common.serving.servers import Servers
 from common.types import Message, Missing, Prompt, Rollout, RolloutGroup, Sample, Score, Span
 from tests.common.rewards.samples import rollout
@@ -53,7 +54,7 @@ def recipe(folder: Path, *labels: str) -> Recipe:
     path = folder / "run.yaml"
     path.write_text(RUN_FILE, encoding="utf-8")
     loaded = load_config([path])
-    return Recipe(loaded.config.rewards, Servers({}, loaded.origin), labels, loaded.origin)
+    return Recipe(loaded.config.rewards, Servers({}, loaded.origin, unopened), labels, loaded.origin)
 
 
 def group(label: str, *texts: str, reference: Any = "4", draw: int = 0) -> RolloutGroup:

@@ -27,9 +27,9 @@ def main(file: str, what: str, *words: str) -> int:
         return pytest.main(["-q", "--tb=line", "-p", "no:cacheprovider", *words])
     engine, *rest = words
     program = import_module(f"safework_{engine}.main")
-    from common.engine_main import run_verb
+    from common.engine_main import Engine, run_verb
 
-    return run_verb(program.open_trainer, ["measure", *rest])
+    return run_verb(Engine(program.open_trainer, program.open_judge), ["measure", *rest])
 
 
 if __name__ == "__main__":

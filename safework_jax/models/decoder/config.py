@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from common.data.model_config import head_dim, layer_windows, num_kv_heads
+from common.data.model_config import head_dim, is_classifier, layer_windows, num_kv_heads
 from safework_jax.models.decoder.rope import Rope, rope_from_hf
 
 # The window of a layer that sees everything: wider than any sequence, so that all layers run the same program.
@@ -56,5 +56,6 @@ class DecoderConfig:
             output_bias=attention_bias,
             mlp_bias=model_type == "llama" and bool(hf.get("mlp_bias", False)),
             query_key_norm=model_type == "qwen3",
-            tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            # A classifier has no head over the vocabulary: none is made when it would be the embedding.
+            tied_embeddings=bool(hf.get("tie_word_embeddings", False)) or is_classifier(hf),
         )
