@@ -100,12 +100,15 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class Score:
-    """What one verifier says of one response. `evidence` is the short text a person would want to see; `asked` is None
-    where no model was.
+    """What one verifier says of one response. `evidence` is the short text a person would want to see.
+
+    verdict: the judge's choice among its verdicts or grades, None where it had none to choose from. asked: None where no
+    model was.
     """
 
     value: float
     evidence: str
+    verdict: str | None = None
     asked: Asked | None = None
 
 

@@ -1,4 +1,4 @@
-"""JaxJudge: a frozen model beside the policy that judges ask; the LocalJudge of `common/serving/model.py` on JAX."""
+"""JaxJudge: a frozen model beside the policy that judges ask; LocalJudge of `common/serving/model.py` on JAX."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TorchJudge: a frozen model beside the policy that judges ask; the LocalJudge of `common/serving/model.py` on PyTorch."""
+"""TorchJudge: a frozen model beside the policy that judges ask; LocalJudge of `common/serving/model.py` on PyTorch."""
 
 from __future__ import annotations
 

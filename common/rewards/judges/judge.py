@@ -66,4 +66,4 @@ def _both(reasoning: Score | Missing, answer: Score | Missing) -> Score | Missin
     if isinstance(answer, Missing) or isinstance(reasoning, Missing):
         return answer if isinstance(answer, Missing) else reasoning
     evidence = f"reasoning {reasoning.value:.4g} ({reasoning.evidence}), answer {answer.value:.4g} ({answer.evidence})"
-    return Score(reasoning.value * answer.value, evidence, answer.asked)
+    return Score(reasoning.value * answer.value, evidence, asked=answer.asked)

@@ -51,8 +51,8 @@ def _verdict(section: ReadOutSection, text: str) -> Score | Missing:
     match = re.search(pattern, text, re.IGNORECASE)
     if match is None:
         return Missing(f"the judge wrote none of its verdicts but {_shown(text)}", unparsable=True)
-    score = next(value for verdict, value in section.verdicts.items() if verdict.casefold() == match[0].casefold())
-    return Score(score, _shown(text))
+    verdict = next(verdict for verdict in section.verdicts if verdict.casefold() == match[0].casefold())
+    return Score(section.verdicts[verdict], _shown(text), verdict)
 
 
 def _number(section: ReadOutSection, text: str) -> Score | Missing:
@@ -65,7 +65,8 @@ def _number(section: ReadOutSection, text: str) -> Score | Missing:
     number = float(written) if _DECIMAL.fullmatch(written) else None
     if number is None or not min(section.grades) <= number <= max(section.grades):
         return Missing(f"the judge wrote no number of its scale but {_shown(text)}", unparsable=True)
-    return Score(min(sorted(section.grades), key=lambda grade: abs(grade - number)), _shown(text))
+    grade = min(sorted(section.grades), key=lambda grade: abs(grade - number))
+    return Score(grade, _shown(text), f"{grade:g}")
 
 
 def read_values(section: ReadOutSection, values: np.ndarray) -> Score | Missing:
@@ -87,8 +88,9 @@ def _expected(section: ReadOutSection, values: np.ndarray) -> Score:
     probabilities = exponents / exponents.sum()
     scores = np.fromiter(section.verdicts.values(), np.float64)
     evidence = ", ".join(f"{verdict} {p:.3f}" for verdict, p in zip(section.verdicts, probabilities, strict=True))
-    score = scores[probabilities.argmax()] if section.hard else probabilities @ scores
-    return Score(float(score), evidence)
+    first = int(probabilities.argmax())
+    score = scores[first] if section.hard else probabilities @ scores
+    return Score(float(score), evidence, list(section.verdicts)[first])
 
 
 def _shown(text: str) -> str:
