@@ -17,7 +17,7 @@ from common.config.run import RunConfig
 
 # What a resumed run may change: none of it alters what an earlier step computed.
 MAY_CHANGE = re.compile(
-    r"run\.(dir|steps)|(checkpoint|evaluation|metrics)\..*|rewards\.(on_missing|max_missing|deadline_s)|"
+    r"run\.(dir|steps)|(checkpoint|evaluation|metrics)\..*|rewards\.(on_missing|max_missing|deadline_s|cache)|"
     r"servers\.[^.]+\.(urls|concurrency|deadline_s|retries)"
 )
 

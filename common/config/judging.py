@@ -43,7 +43,8 @@ class ReadOutSection(Section):
     verdict: the verdict that stands first in up to `max_tokens` greedy tokens. number: the first number in them, moved
     to the nearest of `grades`. labels: the probability of each verdict's first token among those of all verdicts.
     classes: the softmax of a head with one output a verdict, in order. scalar: the one output of a head, as it is.
-    labels and classes score the expected value, or with `hard` that of the most probable verdict.
+    labels and classes score the expected value, or with `hard` that of the most probable verdict. outputs: which of the
+    head's outputs these are, counted from 0; null: all of them.
     """
 
     type: Literal["verdict", "number", "labels", "classes", "scalar"]
@@ -51,9 +52,12 @@ class ReadOutSection(Section):
     grades: list[float] = Field(default_factory=list)
     max_tokens: PositiveInt = 16
     hard: bool = False
+    outputs: list[NonNegativeInt] | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> ReadOutSection:
+        if self.outputs is not None and len(self.outputs) != (len(self.verdicts) if self.type == "classes" else 1):
+            raise ValueError("outputs names one output of the head for each verdict, or the only one of a scalar")
         if self.type in ("verdict", "labels", "classes") and len(self.verdicts) < 2:
             raise ValueError(f"a read-out of type {self.type} chooses among verdicts. Name at least two of them")
         if self.type == "number" and len(self.grades) < 2:
@@ -89,16 +93,20 @@ class ServerSection(Section):
 
     engine: `vllm` and `sglang` serve it over HTTP, the same model at each of `urls`; with `in_process` it lives beside
     the policy, on the trainer's own engine and in its dtype. model: a local Hugging Face folder, a hub name, or an
-    `embedded:` model; its tokenizer writes the questions.
-    Over HTTP: served_name is what the servers call it, if not `model`; concurrency: questions in flight at each url;
-    deadline_s: seconds for one question, with all its retries.
+    `embedded:` model; its tokenizer writes the questions. head: a safetensors file with a tensor `score.weight` [C D],
+    which takes the place of the model's own head.
+    Over HTTP: served_name is what the servers call it, if not `model`; revision is part of the model's name in records
+    and in the cache of answers, to be changed when other weights come to stand behind one name or folder; concurrency:
+    questions in flight at each url; deadline_s: seconds for one question, with all its retries.
     In process: rows are questions computed side by side; rests_in: where the weights are while nobody asks.
     """
 
     engine: Literal["vllm", "sglang", "in_process"]
     model: str
+    head: str | None = None
     urls: list[str] = Field(default_factory=list)
     served_name: str | None = None
+    revision: str | None = None
     concurrency: PositiveInt = 64
     deadline_s: PositiveFloat = 120.0
     retries: NonNegativeInt = 3

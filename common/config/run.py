@@ -108,6 +108,7 @@ class RewardsSection(Section):
     `max_missing` scores of one step are missing, with `drop` it goes on as long as a group is left. A run that has
     stopped may be resumed with other values.
     deadline_s: seconds that one verifier may take for all its samples of a step; then its scores are missing.
+    cache: keep what servers answer in one file per host, so that equal questions are asked once.
     """
 
     verifiers: dict[str, VerifierSection]
@@ -117,6 +118,7 @@ class RewardsSection(Section):
     on_missing: Literal["error", "drop"] = "error"
     max_missing: NonNegativeInt = 0
     deadline_s: PositiveFloat = 3600.0
+    cache: bool = True
 
 
 class BatchSection(Section):

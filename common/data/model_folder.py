@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from common.config.section import ConfigError
+from common.data.head_folder import folder_with_head
 from common.data.model_weights import checked_model
 
 EMBEDDED = "embedded:"
@@ -29,6 +30,14 @@ def model_folder(path: str) -> Path:
         raise ConfigError(f"{state}. Give a Hugging Face model folder, a hub name (owner/model), or {EMBEDDED}smollm2.")
     checked_model(folder)
     return folder
+
+
+def judge_folder(path: str, head: str | None) -> Path:
+    """The local folder of a judge's model: that of `path`, with the head of a file on top where there is one.
+
+    Raises ConfigError, without the setting's name, as `model_folder` does, and for a head that does not fit.
+    """
+    return model_folder(path) if head is None else folder_with_head(model_folder(path), Path(head).expanduser())
 
 
 def tokenizer_folder(path: str) -> Path:

@@ -20,6 +20,8 @@ from common.data.model_config import head_dim, is_classifier, num_classes, num_k
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 SCORE = "score.weight"  # the scalar or classification head of a model that judges
 
+INDEX = "model.safetensors.index.json"
+
 Shape = tuple[int, ...]
 
 
@@ -28,23 +30,28 @@ def open_tensors(folder: Path, files: ExitStack) -> dict[str, Any]:
 
     Raises ConfigError, without the folder's name, when a file is missing or damaged.
     """
-    index = folder / "model.safetensors.index.json"
-    shards = ["model.safetensors"]
-    if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"its {index.name} is damaged ({error!r}). Download the model again.") from None
     tensors = {}
-    for shard in shards:
-        if not (folder / shard).is_file():
-            raise ConfigError(f"it lacks {shard}, and weights are read from safetensors files only. Add the file.")
+    for shard in weight_files(folder):
         try:
-            file = files.enter_context(safe_open(folder / shard, "np"))
+            file = files.enter_context(safe_open(shard, "np"))
         except SafetensorError as error:
-            raise ConfigError(f"its {shard} is damaged ({error}). Download the model again.") from None
+            raise ConfigError(f"its {shard.name} is damaged ({error}). Download the model again.") from None
         tensors.update(dict.fromkeys(file.keys(), file))
     return tensors
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model. Raises ConfigError, without the folder's name, when one is missing."""
+    index, names = folder / INDEX, ["model.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"its {index.name} is damaged ({error!r}). Download the model again.") from None
+    for name in names:
+        if not (folder / name).is_file():
+            raise ConfigError(f"it lacks {name}, and weights are read from safetensors files only. Add the file.")
+    return [folder / name for name in names]
 
 
 def checked_model(folder: Path) -> dict[str, Any]:
@@ -58,7 +65,8 @@ def checked_model(folder: Path) -> dict[str, Any]:
         tensors = open_tensors(folder, files)
         expected = tensor_shapes(hf)
         found = {name: tuple(file.get_slice(name).get_shape()) for name, file in tensors.items()}
-        # Older exports hold rotary frequencies, and some tied models a copy of the embedding.
+        # Older exports hold rotary frequencies, some tied models a copy of the embedding, and classifiers made of a
+        # language model still its head.
         copied = {HEAD} & found.keys() if HEAD not in expected else set()
         spare = copied | {name for name in found if name.endswith(".rotary_emb.inv_freq")}
         wrong = [
@@ -74,7 +82,11 @@ def checked_model(folder: Path) -> dict[str, Any]:
         said = [f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names]
         if said:
             raise ConfigError(f"its tensors do not fit its config.json: {'; '.join(said)}. Correct one of the two.")
-        if copied and not np.array_equal(*(tensors[name].get_tensor(name) for name in (HEAD, EMBEDDING))):
+        if (
+            copied
+            and not is_classifier(hf)
+            and not np.array_equal(*(tensors[name].get_tensor(name) for name in (HEAD, EMBEDDING)))
+        ):
             raise ConfigError(
                 f"its config.json ties the head to the embedding, but {HEAD} differs from it. "
                 f"Set tie_word_embeddings to false, or remove {HEAD}."
@@ -89,9 +101,9 @@ def read_score_head(folder: Path) -> np.ndarray:
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 over config.json and every safetensors file of a folder, names included."""
+    """SHA-256 over config.json and every safetensors file of a model, names included."""
     digest = hashlib.sha256()
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+    for path in [folder / "config.json", *weight_files(folder)]:
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

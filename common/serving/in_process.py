@@ -13,7 +13,7 @@ import numpy as np
 from common.config.judging import ServerSection
 from common.config.section import ConfigError
 from common.data.model_config import is_classifier, read_model_config
-from common.data.model_folder import model_folder
+from common.data.model_folder import judge_folder
 from common.data.model_weights import weights_digest
 from common.serving.model import Answer, LocalJudge, Question
 from common.serving.rendering import Renderer
@@ -36,7 +36,7 @@ class InProcessModel:
 
     def __init__(self, section: ServerSection, open_judge: OpenJudge) -> None:
         self._section, self._open_judge = section, open_judge
-        self._folder = model_folder(section.model)
+        self._folder = judge_folder(section.model, section.head)
         self._render = Renderer(self._folder)
         self._has_head = is_classifier(read_model_config(self._folder))
         digest = weights_digest(self._folder)[:12]

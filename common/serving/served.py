@@ -45,7 +45,8 @@ class ServedModel:
         except ServerError:
             self._replicas.close()
             raise
-        self.identity = f"{self._weights}, template {self._render.chat.digest}"
+        revision = "" if section.revision is None else f" at {section.revision}"
+        self.identity = f"{self._weights}{revision}, template {self._render.chat.digest}"
 
     def close(self) -> None:
         """Close the connections."""
@@ -67,6 +68,8 @@ class ServedModel:
         return self._ask([self._dialect.head(self._served, self._render(asked)) for asked in questions])
 
     def _ask(self, calls: list[Call]) -> list[Answer[Any]]:
+        if not calls:
+            return []
         replies = self._replicas.call_all(calls)
         self._refuse_exchange()
         return [

@@ -7,17 +7,27 @@ from collections.abc import Mapping
 from common.config.judging import ServerSection
 from common.config.section import ConfigError
 from common.config.sentences import Origin, sentence
+from common.data.embedded_model import default_cache
+from common.serving.answer_cache import AnswerCache
+from common.serving.cached import CachedModel
 from common.serving.in_process import InProcessModel, OpenJudge
 from common.serving.model import JudgeModel
 from common.serving.served import ServedModel
 
 
 class Servers:
-    """Judge models by server name. `origin` says where a config key was set; `open_judge` opens a model in process."""
+    """Judge models by server name. `origin` says where a config key was set; `open_judge` opens a model in process.
 
-    def __init__(self, sections: Mapping[str, ServerSection], origin: Origin, open_judge: OpenJudge) -> None:
+    With `cached`, answers over HTTP are kept in one file per host. A model in process is asked again every time: what
+    it computes depends in the last bits on the questions beside, and a run repeats bit for bit whatever ran before it.
+    """
+
+    def __init__(
+        self, sections: Mapping[str, ServerSection], origin: Origin, open_judge: OpenJudge, cached: bool
+    ) -> None:
         self._sections, self._origin, self._open_judge = sections, origin, open_judge
         self._opened: dict[str, JudgeModel] = {}
+        self._cached, self._cache = cached, None
 
     def open(self, name: str) -> JudgeModel:
         """The model of a server; several judges share one. Raises ServerError and ConfigError."""
@@ -30,11 +40,17 @@ class Servers:
         try:
             if section.engine == "in_process":
                 return InProcessModel(section, self._open_judge)
-            return ServedModel(name, section)
+            served = ServedModel(name, section)
         except ConfigError as error:
             raise ConfigError(sentence(key, section.model, self._origin(key), str(error))) from None
+        if not self._cached:
+            return served
+        self._cache = self._cache or AnswerCache(default_cache() / "answers.sqlite")
+        return CachedModel(served, self._cache)
 
     def close(self) -> None:
         """Close every connection."""
         for model in self._opened.values():
             model.close()
+        if self._cache is not None:
+            self._cache.close()

@@ -71,6 +71,12 @@ def _number(section: ReadOutSection, text: str) -> Score | Missing:
 
 def read_values(section: ReadOutSection, values: np.ndarray) -> Score | Missing:
     """The score of label logprobs or head outputs, float32 [L] or [C]."""
+    if section.outputs is not None:
+        if max(section.outputs) >= values.size:
+            return Missing(
+                f"the judge's head has {values.size} outputs, and none numbered {max(section.outputs)}", True
+            )
+        values = values[section.outputs]
     if not np.isfinite(values).all():
         return Missing(f"the judge's outputs are not finite ({values})", unparsable=True)
     if section.type == "scalar":

@@ -82,8 +82,10 @@ def asked(latency_s: float, cached: bool = False) -> Asked:
 
 
 def test_a_tally_counts_and_adds() -> None:
-    first = tally([Score(0.0, "", asked(1.0)), Score(1.0, "", asked(3.0)), Missing("late", asked=asked(9.0))])
-    second = tally([Score(0.5, "", asked(0.0, cached=True)), Missing("?", unparsable=True, asked=asked(2.0))])
+    first = tally(
+        [Score(0.0, "", asked=asked(1.0)), Score(1.0, "", asked=asked(3.0)), Missing("late", asked=asked(9.0))]
+    )
+    second = tally([Score(0.5, "", asked=asked(0.0, cached=True)), Missing("?", unparsable=True, asked=asked(2.0))])
     found = (first + second).metrics("safety")
     assert found == {
         "missing/safety": 2.0,

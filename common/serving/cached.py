@@ -1,0 +1,86 @@
+"""A JudgeModel whose answers are kept: the same question to the same model is asked once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from common.data.images import image_url
+from common.serving.answer_cache import AnswerCache
+from common.serving.model import Answer, JudgeModel, Question
+from common.types import Asked, Missing
+
+
+class CachedModel:
+    """Asks `model` what the cache does not hold.
+
+    The key of an answer is the model's identity (weights and template), the kind of answer with its decoding, and the
+    question's texts and image bytes. What is missing is not kept, so that it is asked again.
+    """
+
+    def __init__(self, model: JudgeModel, cache: AnswerCache) -> None:
+        self._model, self._cache = model, cache
+        self.identity = model.identity
+
+    def close(self) -> None:
+        """Close the model; the cache is others' too."""
+        self._model.close()
+
+    def generate(self, questions: Sequence[Question], max_tokens: int) -> list[Answer[str]]:
+        """See JudgeModel."""
+
+        def ask(new: Sequence[Question]) -> list[Answer[str]]:
+            return self._model.generate(new, max_tokens)
+
+        return self._answers(["generate", max_tokens], questions, ask, str.encode, bytes.decode)
+
+    def label_logprobs(self, questions: Sequence[Question], labels: Sequence[str]) -> list[Answer[np.ndarray]]:
+        """See JudgeModel."""
+
+        def ask(new: Sequence[Question]) -> list[Answer[np.ndarray]]:
+            return self._model.label_logprobs(new, labels)
+
+        return self._answers(["labels", *labels], questions, ask, _packed, _unpacked)
+
+    def head(self, questions: Sequence[Question]) -> list[Answer[np.ndarray]]:
+        """See JudgeModel."""
+        return self._answers(["head"], questions, self._model.head, _packed, _unpacked)
+
+    def _answers(
+        self,
+        kind: list[Any],
+        questions: Sequence[Question],
+        ask: Callable[[Sequence[Question]], list[Answer[Any]]],
+        pack: Callable[[Any], bytes],
+        unpack: Callable[[bytes], Any],
+    ) -> list[Answer[Any]]:
+        keys = [self._key(kind, question) for question in questions]
+        held = self._cache.get(list(dict.fromkeys(keys)))
+        cached = Asked(self.identity, 0.0, 0.0, cached=True)
+        known = {key: Answer(unpack(answer), cached) for key, answer in held.items()}
+        new = {key: question for key, question in zip(keys, questions, strict=True) if key not in known}
+        asked = dict(zip(new, ask(list(new.values())), strict=True)) if new else {}
+        self._cache.put({key: pack(a.value) for key, a in asked.items() if not isinstance(a.value, Missing)})
+        answers = []
+        for key in keys:
+            answers.append(known[key] if key in known else asked[key])
+            # Of equal questions in one batch the first was asked, and the others have its answer for nothing.
+            known[key] = Answer(answers[-1].value, cached)
+        return answers
+
+    def _key(self, kind: list[Any], question: Question) -> bytes:
+        parts = [part if isinstance(part, str) else [image_url(part.source)] for part in question.user]
+        whole = json.dumps([self.identity, kind, question.system, parts])
+        return hashlib.sha256(whole.encode()).digest()
+
+
+def _packed(values: np.ndarray) -> bytes:
+    return values.astype("<f4").tobytes()
+
+
+def _unpacked(content: bytes) -> np.ndarray:
+    return np.frombuffer(content, "<f4")
