@@ -72,7 +72,28 @@ MISTRAL = Family(  # its template never spells bos and eos out
 {%- endfor -%}
 """,
 )
-FAMILIES = {"qwen": QWEN, "llama3": LLAMA3, "deepseek": DEEPSEEK_R1, "mistral": MISTRAL}
+INTERNVL = Family(  # ChatML, with a system turn of its own and marks for images
+    marked=("<|endoftext|>", "<|im_end|>", "<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>", "<box>", "</box>"),
+    unmarked=(),
+    template="""\
+{%- if messages[0].role != 'system' -%}
+  {{- '<|im_start|>system\\n你是测试中的模型。<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+  {{- '<|im_start|>' + message.role + '\\n' -}}
+  {%- if message.content is string -%}
+    {{- message.content -}}
+  {%- else -%}
+    {%- for part in message.content -%}
+      {{- '<img><IMG_CONTEXT></img>\\n' if part.type == 'image' else part.text -}}
+    {%- endfor -%}
+  {%- endif -%}
+  {{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+""",
+)
+FAMILIES = {"qwen": QWEN, "llama3": LLAMA3, "deepseek": DEEPSEEK_R1, "mistral": MISTRAL, "internvl": INTERNVL}
 
 
 def make_chat_folder(folder: Path, family: Family, generation: dict[str, Any] | None = None, **flags: bool) -> Path:

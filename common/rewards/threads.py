@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from multiprocessing import TimeoutError as NoResult
@@ -18,34 +19,34 @@ class Verifying:
 
     def __init__(self, verifiers: Mapping[str, Verifier], deadline_s: float) -> None:
         self._verifiers, self._deadline_s = verifiers, deadline_s
-        self._pool = ThreadPool(max(len(verifiers), 1))  # its threads are daemons
-        self._late: dict[str, AsyncResult[list[Score | Missing]]] = {}
+        self._busy = {name: threading.Lock() for name in verifiers}
 
     def results(self, work: Mapping[str, Sequence[Sample]]) -> dict[str, list[Score | Missing]]:
         """Each verifier's results for its samples, in order. Raises what a verifier raises."""
+        asked = {name: samples for name, samples in work.items() if samples}
+        found: dict[str, list[Score | Missing]] = {name: [] for name in work}
+        if not asked:
+            return found
         deadline = time.monotonic() + self._deadline_s
-        begun = {
-            name: self._pool.apply_async(self._verifiers[name].score, (samples,))
-            for name, samples in work.items()
-            if samples and not self._still_late(name)
-        }
-        return {name: self._result(name, samples, begun.get(name), deadline) for name, samples in work.items()}
+        with ThreadPool(len(asked)) as pool:  # its threads are daemons, and leaving the block waits for none
+            begun = {name: pool.apply_async(self._score, (name, samples)) for name, samples in asked.items()}
+            for name, samples in asked.items():
+                found[name] = self._result(begun[name], samples, deadline)
+        return found
 
-    def _still_late(self, name: str) -> bool:
-        return name in self._late and not self._late[name].ready()
+    def _score(self, name: str, samples: Sequence[Sample]) -> list[Score | Missing]:
+        if not self._busy[name].acquire(blocking=False):
+            return [Missing("it still works on samples of an earlier step") for _ in samples]
+        try:
+            return self._verifiers[name].score(samples)
+        finally:
+            self._busy[name].release()
 
     def _result(
-        self,
-        name: str,
-        samples: Sequence[Sample],
-        begun: AsyncResult[list[Score | Missing]] | None,
-        deadline: float,
+        self, begun: AsyncResult[list[Score | Missing]], samples: Sequence[Sample], deadline: float
     ) -> list[Score | Missing]:
-        if begun is None:
-            return [Missing("it still works on samples of an earlier step") for _ in samples]
         try:
             return begun.get(max(deadline - time.monotonic(), 0.0))
         except NoResult:
-            self._late[name] = begun
             reason = f"it gave no result within {self._deadline_s:g} s (rewards.deadline_s)"
             return [Missing(reason) for _ in samples]

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from aiohttp import web
 
@@ -19,9 +20,12 @@ def stand_in(handler: Handler, port: int = 0) -> Iterator[str]:
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
 
+    async def route(request: web.Request) -> web.StreamResponse:
+        return await handler(request)
+
     async def start() -> tuple[web.AppRunner, int]:
         app = web.Application(client_max_size=2**30)
-        app.router.add_route("*", "/{path:.*}", handler)
+        app.router.add_route("*", "/{path:.*}", route)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", port)
@@ -36,3 +40,25 @@ def stand_in(handler: Handler, port: int = 0) -> Iterator[str]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+class Vllm:
+    """Speaks vLLM's dialect: says `name` from `root`, answers with `text`, and keeps what it was asked."""
+
+    def __init__(self, name: str = "judge", root: str = "/models/judge", text: str = "good") -> None:
+        self.name, self.root, self.text = name, root, text
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+
+    async def __call__(self, request: web.Request) -> web.Response:
+        if request.path == "/v1/models":
+            return web.json_response({"data": [{"id": self.name, "root": self.root}]})
+        payload = await request.json()
+        self.asked.append((request.path, payload))
+        if "logprob_token_ids" in payload:
+            found = {f"token_id:{token}": -float(token) for token in payload["logprob_token_ids"]}
+            listed = [{"token": token, "logprob": logprob} for token, logprob in found.items()]
+            logprobs = {"top_logprobs": [found], "content": [{"top_logprobs": listed}]}
+        else:
+            logprobs = None
+        choice = {"text": self.text, "message": {"content": self.text}, "logprobs": logprobs}
+        return web.json_response({"choices": [choice], "data": [{"probs": [0.5, -2.0]}]})

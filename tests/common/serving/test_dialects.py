@@ -1,0 +1,92 @@
+"""What real servers replied, read by us: recorded once (`tests/engines/record.py`), asked and read again here.
+
+The model behind all of them is the embedded one, so what they said is also what it computes in process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.config import load_config
+from common.config.judging import ServerSection
+from common.data.model_folder import model_folder
+from common.serving.http import Call
+from common.serving.in_process import InProcessModel
+from common.serving.rendering import Renderer
+from common.serving.served import DIALECTS
+from tests.engines.questions import LABELS, MAX_TOKENS, QUESTIONS
+from tests.training import ROOT
+
+REPLIES = sorted((Path(__file__).parent / "replies").glob("*.json"))
+MODEL = "embedded:smollm2"
+# bf16 keeps 8 bits of a logit of 10 to 20.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
+
+
+@pytest.fixture(scope="module")
+def render() -> Renderer:
+    return Renderer(model_folder(MODEL))
+
+
+@pytest.fixture(scope="module")
+def in_process() -> Iterator[InProcessModel]:
+    from safework_torch.main import open_judge
+
+    loaded = load_config([ROOT / "configs" / "quickstart.yaml"])
+    yield InProcessModel(ServerSection(engine="in_process", model=MODEL), lambda folder: open_judge(loaded, folder))
+
+
+def recorded(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def call_again(record: dict[str, Any], kind: str, number: int, render: Renderer) -> Call:
+    dialect, question = DIALECTS[record["engine"]], render(QUESTIONS[number])
+    if kind == "generate":
+        return dialect.generate(record["name"], question, MAX_TOKENS)
+    if kind == "label_logprobs":
+        return dialect.label_logprobs(record["name"], question, render.chat.first_tokens(LABELS))
+    return dialect.head(record["name"], question)
+
+
+def test_both_dialects_are_recorded() -> None:
+    found = {(recorded(file)["engine"], call["kind"]) for file in REPLIES for call in recorded(file)["calls"]}
+    assert found == {(engine, kind) for engine in DIALECTS for kind in ("generate", "label_logprobs", "head")}
+
+
+@pytest.mark.parametrize("file", REPLIES, ids=lambda file: file.stem)
+def test_the_same_is_still_asked(file: Path, render: Renderer) -> None:
+    record = recorded(file)
+    for entry in record["calls"]:
+        call = call_again(record, entry["kind"], entry["question"], render)
+        assert (call.path, call.payload) == (entry["path"], entry["payload"])
+
+
+@pytest.mark.parametrize("file", [file for file in REPLIES if "head" not in file.stem], ids=lambda file: file.stem)
+def test_replies_are_read_as_what_the_model_computes(file: Path, render: Renderer, in_process: InProcessModel) -> None:
+    record = recorded(file)
+    expected = in_process.label_logprobs(QUESTIONS, LABELS)
+    texts = in_process.generate(QUESTIONS, MAX_TOKENS)
+    for entry in record["calls"]:
+        found = call_again(record, entry["kind"], entry["question"], render).read(entry["reply"])
+        if entry["kind"] == "label_logprobs":
+            assert found.dtype == np.float32
+            np.testing.assert_allclose(found, expected[entry["question"]].value, atol=TOLERANCE[record["dtype"]])
+        elif record["dtype"] == "float32":
+            assert found == texts[entry["question"]].value
+        else:
+            assert isinstance(found, str) and found
+
+
+@pytest.mark.parametrize("file", REPLIES, ids=lambda file: file.stem)
+def test_servers_say_what_they_serve(file: Path) -> None:
+    record = recorded(file)
+    name, weights = DIALECTS[record["engine"]].identity(record["models"]["reply"])
+    assert name == record["name"]
+    assert weights
