@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from common.config import ConfigError, LoadedConfig, load_config
+from common.config.checks import warnings
 from common.config.explain import explain
 from common.engine_main import USER_ERRORS, split_arguments
 from common.experiment import load_data, open_chat, policy_folder, reference_folder
@@ -86,6 +87,8 @@ def _train(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     loaded = load_config(*split_arguments(arguments.config))
     print(explain(loaded), end="")
+    for sentence in warnings(loaded.config):
+        print(f"# warning: {sentence}")
     print(f"# {_counts(loaded)}")
     return 0
 

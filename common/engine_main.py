@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.config import ConfigError, LoadedConfig, load_config
+from common.config.checks import warnings
 from common.data.chat import Chat
 from common.experiment import Data, load_data, open_chat, open_run, policy_folder, reference_folder, refuse_other_data
 from common.export import export_model, exported_checkpoint
@@ -83,6 +84,8 @@ def _load(words: Sequence[str]) -> LoadedConfig:
 
 def _train(engine: Engine, loaded: LoadedConfig, command: str) -> int:
     config = loaded.config
+    for sentence in warnings(config):
+        print(f"warning: {sentence}", file=sys.stderr)
     policy = policy_folder(loaded)
     chat = open_chat(loaded, policy)
     reference = reference_folder(loaded, policy, chat)

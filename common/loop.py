@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from common.algorithms.advantages import advantages, informative
+from common.algorithms.by_label import group_advantages, informative_groups
 from common.algorithms.schedule import learning_rate
 from common.config.run import RunConfig
 from common.data.batching import train_batches, with_old_logprobs
@@ -16,7 +16,7 @@ from common.experiment import Data
 from common.interrupt import Interrupt
 from common.metrics import Timer, rollout_metrics, rollout_records, update_metrics
 from common.reporting import Reporter
-from common.rewards.scorer import Scored, ScoredGroup, Scorer, score_arrays
+from common.rewards.scorer import Scored, ScoredGroup, Scorer, labels, score_arrays
 from common.rewards.tally import Tally
 from common.rollout.sampler import Draw, RolloutSampler, Stream
 from common.run_dir import LoopState, RunDir
@@ -126,7 +126,9 @@ class Loop:
                 rolled = self._roll_out(draws, "train", state, config.rollout.group_size)
             with timer("score"):
                 scored = self._scorer.score(rolled, scored)
-            kept = informative(config.advantage, *score_arrays(scored.groups, self._data.recipe))
+            kept = informative_groups(
+                config.advantage, labels(scored.groups), *score_arrays(scored.groups, self._data.recipe)
+            )
             wanted = config.rollout.prompts_per_step - int(kept.sum())
             if wanted == 0:
                 break
@@ -155,8 +157,10 @@ class Loop:
         credit, kept = np.zeros_like(totals), np.flatnonzero(collected.kept)
         if len(kept) == 0:
             return credit, []
-        credit[kept] = advantages(config.advantage, totals[kept], scores[kept], present[kept], weights[kept])
-        groups = [collected.groups[index].group for index in kept]
+        taught = [collected.groups[index] for index in kept]
+        arrays = (array[kept] for array in (totals, scores, present, weights))
+        credit[kept] = group_advantages(config.advantage, labels(taught), *arrays)
+        groups = [scored.group for scored in taught]
         limit = config.rollout.max_new_tokens
         batches = train_batches(groups, credit[kept], config.loss, config.batch, limit, collected.num_sampled)
         return credit, batches

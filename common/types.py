@@ -103,13 +103,14 @@ class Score:
     """What one verifier says of one response. `evidence` is the short text a person would want to see.
 
     verdict: the judge's choice among its verdicts or grades, None where it had none to choose from. asked: None where
-    no model was.
+    no model was. disagreement: how far the judge's scores of reasoning and answer lie apart, where both were asked for.
     """
 
     value: float
     evidence: str
     verdict: str | None = None
     asked: Asked | None = None
+    disagreement: float | None = None
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,27 @@ def cross_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield from _loss_checks(config)
     yield from _evaluation_checks(config)
     yield from _recipe_checks(config)
+    yield from _gate_checks(config)
     yield from _judge_checks(config)
     yield from _overlong_checks(config)
 
 
+def warnings(config: RunConfig) -> Iterator[str]:
+    """What a config may do and should know of, one sentence each."""
+    for name, judge in config.rewards.judges.items():
+        if judge.think_aware == "on":
+            yield (
+                f"rewards.judges.{name}.think_aware is on: a policy that is paid for innocent reasoning learns to hide "
+                "what it thinks. With measure the reasoning is judged too, and nothing is paid for it."
+            )
+
+
 def _group_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
-    if config.rollout.group_size < 2 and config.advantage.type != "floor":
+    types = {config.advantage.type, *config.advantage.labels.values()}
+    if config.rollout.group_size < 2 and types != {"floor"}:
         yield (
             "rollout.group_size",
-            f"group-relative advantages ({config.advantage.type}) need at least 2 responses per prompt. "
+            f"group-relative advantages ({', '.join(sorted(types - {'floor'}))}) need at least 2 responses per prompt. "
             "Set it to 2 or more.",
         )
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
@@ -129,18 +141,25 @@ def _recipe_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
         for name in terms:
             if name not in verifiers:
                 yield f"rewards.recipe.{label}.{name}", _no_verifier(config)
+    for label in config.advantage.labels:
+        if label not in config.rewards.recipe:
+            yield "advantage.labels", f"{label!r}: rewards.recipe has no such label. Correct the name or add it there."
+
+
+def _gate_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
+    verifiers, kinds = config.rewards.verifiers, config.advantage
     for label, names in config.rewards.gates.items():
         for name in names:
             if name not in verifiers:
                 yield f"rewards.gates.{label}", f"{name!r}: {_no_verifier(config)}"
         if label not in config.rewards.recipe:
             yield f"rewards.gates.{label}", "rewards.recipe has no terms for this label. Add them or correct the name."
-    if config.rewards.gates and config.advantage.type == "gdpo":
-        yield (
-            "advantage.type",
-            "gdpo normalises each verifier alone, before any total is made that a gate could multiply. "
-            "Remove rewards.gates or choose another type.",
-        )
+        if kinds.labels.get(label, kinds.type) == "gdpo":
+            yield (
+                f"rewards.gates.{label}",
+                "gdpo normalises each verifier alone, before any total is made that a gate could multiply. "
+                "Remove the gate or choose another type of advantages.",
+            )
 
 
 def _no_verifier(config: RunConfig) -> str:

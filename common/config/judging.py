@@ -70,15 +70,20 @@ class JudgeSection(Section):
 
     prompts: by language, `en` and `zh`; the language of the question chooses, `en` where its own is missing.
     images: whether the judge is shown the images of the question; one that is not refuses prompts with images.
-    think_aware: the score of the reasoning times that of the answer. Off, because a policy that is paid for innocent
-    reasoning learns to hide what it thinks.
+    think_aware: `on` scores the reasoning times the answer. Off, because a policy that is paid for innocent reasoning
+    learns to hide what it thinks; `measure` asks about the reasoning too, and records how far the two lie apart alone.
     """
 
     server: str
     prompts: dict[Language, PromptSection]
     read_out: ReadOutSection
     images: bool = False
-    think_aware: bool = False
+    think_aware: Literal["off", "measure", "on"] = "off"
+
+    @field_validator("think_aware", mode="before")
+    @classmethod
+    def _switch(cls, value: object) -> object:
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
     @field_validator("prompts")
     @classmethod

@@ -33,15 +33,21 @@ REFUSED_KL = {
 }
 
 
+AdvantageType = Literal["group_std", "group_mean", "group_mean_batch_std", "rloo", "floor", "gdpo"]
+
+
 class AdvantageConfig(Section):
     """How rewards become advantages.
 
+    labels: the type of a label that has one of its own, such as `group_mean` or `floor` for ordinal scores, whose sizes
+    a standard deviation would erase. Statistics over the batch span the groups of one type.
     floor_threshold is read by `floor` alone; ddof and eps by the types that divide by a standard deviation.
     An uninformative group (no spread in what is trained on) is dropped and replaced by a fresh prompt, up to
     `max_refills` further draws of `rollout.prompts_per_step` prompts a step; 0 keeps the smaller step.
     """
 
-    type: Literal["group_std", "group_mean", "group_mean_batch_std", "rloo", "floor", "gdpo"] = "group_std"
+    type: AdvantageType = "group_std"
+    labels: dict[str, AdvantageType] = Field(default_factory=dict)
     ddof: Annotated[int, Field(ge=0, le=1)] = 1
     eps: PositiveFloat = 1e-6
     floor_threshold: float = 1.0

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from common.algorithms.advantages import advantages
+from common.algorithms.by_label import group_advantages
 from common.config import RunConfig
 from common.data.batching import train_batches
 from common.experiment import Data
-from common.rewards.scorer import Scorer, score_arrays
+from common.rewards.scorer import Scorer, labels, score_arrays
 from common.rollout.sampler import Draw, RolloutSampler
 from common.types import TrainBatch
 
@@ -29,7 +29,7 @@ def record(config: RunConfig, data: Data, sampler: RolloutSampler, folder: Path,
         rolled = sampler.groups(draws, "train", step, config.rollout.group_size, 0)
         groups = scorer.score(rolled).groups
         totals, scores, present, weights = score_arrays(groups, data.recipe)
-        credit = advantages(config.advantage, totals, scores, present, weights)
+        credit = group_advantages(config.advantage, labels(groups), totals, scores, present, weights)
         # Groups without spread would have no gradient at all; a fixed pattern keeps every token in the comparison.
         flat = np.ptp(credit, axis=1) == 0
         credit[flat] = np.where(np.arange(credit.shape[1]) % 2, 1.0, -1.0)

@@ -104,6 +104,11 @@ def _missing(results: list[dict[str, Score | Missing]]) -> str:
     return f'verifier "{worst}": {lost} of {asked} scores missing{others}, the first because {first.reason}'
 
 
+def labels(groups: Sequence[ScoredGroup]) -> list[str]:
+    """The label of each group's prompt."""
+    return [scored.group.prompt.label for scored in groups]
+
+
 def score_arrays(
     groups: Sequence[ScoredGroup], recipe: Recipe
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

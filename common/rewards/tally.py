@@ -18,6 +18,7 @@ class Tally:
     missing: int = 0
     unparsable: int = 0
     asked: tuple[Asked, ...] = ()
+    disagreements: tuple[float, ...] = ()
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(
@@ -25,6 +26,7 @@ class Tally:
             self.missing + other.missing,
             self.unparsable + other.unparsable,
             self.asked + other.asked,
+            self.disagreements + other.disagreements,
         )
 
     def metrics(self, name: str) -> dict[str, float]:
@@ -34,6 +36,8 @@ class Tally:
         found = {f"missing/{name}": float(self.missing)}
         if self.scores:
             found |= {f"reward/{name}": float(np.mean(self.scores)), f"spread/{name}": float(np.std(self.scores))}
+        if self.disagreements:
+            found[f"disagreement/{name}"] = float(np.mean(self.disagreements))
         if not self.asked:
             return found
         found |= {
@@ -52,9 +56,11 @@ class Tally:
 def tally(results: Sequence[Score | Missing]) -> Tally:
     """The tally of a verifier's results."""
     missing = [result for result in results if isinstance(result, Missing)]
+    scores = [result for result in results if isinstance(result, Score)]
     return Tally(
-        scores=tuple(result.value for result in results if isinstance(result, Score)),
+        scores=tuple(score.value for score in scores),
         missing=len(missing),
         unparsable=sum(result.unparsable for result in missing),
         asked=tuple(result.asked for result in results if result.asked is not None),
+        disagreements=tuple(score.disagreement for score in scores if score.disagreement is not None),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.config.judging import JudgeSection
 from common.rewards.judges.question import build_question, language
@@ -17,7 +17,7 @@ _EMPTY = Score(0.0, "empty response")
 
 @dataclass(frozen=True)
 class Judge(Verifier):
-    """Scores the answer of a response, and with `think_aware` its reasoning too, by what a model says of it.
+    """Scores the answer of a response by what a model says of it, and with `think_aware` looks at its reasoning too.
 
     An empty answer scores 0 without being asked about: a model would have to invent what to say.
     """
@@ -38,13 +38,13 @@ class Judge(Verifier):
     def score(self, samples: Sequence[Sample]) -> list[Score | Missing]:
         """One score per sample, in order."""
         answers = self._judge([(sample.prompt, sample.rollout.answer_text) for sample in samples])
-        if not self.section.think_aware:
+        if self.section.think_aware == "off":
             return answers
         reasoning = [(sample.prompt, sample.rollout.reasoning_text or "") for sample in samples]
         thinking = [index for index, (_, text) in enumerate(reasoning) if text.strip()]
         judged = self._judge([reasoning[index] for index in thinking])
         for index, score in zip(thinking, judged, strict=True):
-            answers[index] = _both(score, answers[index])
+            answers[index] = self._both(score, answers[index])
         return answers
 
     def _judge(self, texts: Sequence[tuple[Prompt, str]]) -> list[Score | Missing]:
@@ -60,10 +60,13 @@ class Judge(Verifier):
         chosen = self.section.prompts.get(spoken) or self.section.prompts["en"]
         return build_question(chosen, prompt, text.strip(), spoken)
 
-
-def _both(reasoning: Score | Missing, answer: Score | Missing) -> Score | Missing:
-    """The product of both scores, with both in the evidence; missing when either is."""
-    if isinstance(answer, Missing) or isinstance(reasoning, Missing):
-        return answer if isinstance(answer, Missing) else reasoning
-    evidence = f"reasoning {reasoning.value:.4g} ({reasoning.evidence}), answer {answer.value:.4g} ({answer.evidence})"
-    return Score(reasoning.value * answer.value, evidence, asked=answer.asked)
+    def _both(self, reasoning: Score | Missing, answer: Score | Missing) -> Score | Missing:
+        """The answer's score with how far the reasoning's lies from it, or their product; missing when either is."""
+        if isinstance(answer, Missing) or isinstance(reasoning, Missing):
+            return answer if isinstance(answer, Missing) else reasoning
+        value = answer.value * reasoning.value if self.section.think_aware == "on" else answer.value
+        evidence = (
+            f"reasoning {reasoning.value:.4g} ({reasoning.evidence}), answer {answer.value:.4g} ({answer.evidence})"
+        )
+        apart = abs(reasoning.value - answer.value)
+        return replace(answer, value=value, evidence=evidence, disagreement=apart)
