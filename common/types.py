@@ -102,8 +102,8 @@ class Asked(NamedTuple):
 class Score:
     """What one verifier says of one response. `evidence` is the short text a person would want to see.
 
-    verdict: the judge's choice among its verdicts or grades, None where it had none to choose from. asked: None where no
-    model was.
+    verdict: the judge's choice among its verdicts or grades, None where it had none to choose from. asked: None where
+    no model was.
     """
 
     value: float
