@@ -1,12 +1,14 @@
 """What both engines' programs do with a verb and a config, given how to open their trainer.
 
 train CONFIG...                                 the training loop
+attack OPTIONS CONFIG...                        attack the judges; OPTIONS is a JSON list
 record FOLDER STEPS CONFIG...                   parity: sample the batches that both engines are fed
 measure RECORDING GRADIENTS FOLDER CONFIG...    parity: run this engine's side of the ladder
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -16,9 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from common.attack.trial import Options, attack
 from common.config import ConfigError, LoadedConfig, load_config
-from common.data.chat import Chat
-from common.experiment import Data, load_data, open_chat, open_run, policy_folder, reference_folder, refuse_other_data
+from common.experiment import load_data, open_chat, open_run, policy_folder, reference_folder, refuse_other_data
 from common.export import export_model, exported_checkpoint
 from common.interrupt import Interrupt
 from common.loop import Loop
@@ -52,27 +54,34 @@ class Engine(NamedTuple):
     open_trainer: OpenTrainer
     open_judge: OpenEngineJudge
 
-    def load_data(self, loaded: LoadedConfig, chat: Chat) -> Data:
-        """The config's data and recipe, with judges in process on this engine."""
-        return load_data(loaded, chat, partial(self.open_judge, loaded))
+    def judge_opener(self, loaded: LoadedConfig) -> Callable[[Path], LocalJudge]:
+        """How judges in process are opened on this engine, for one config."""
+        return partial(self.open_judge, loaded)
 
 
 def run_verb(engine: Engine, words: Sequence[str]) -> int:
     """Run one verb with its words; returns the process's exit status."""
     try:
-        match words:
-            case ["train", *config]:
-                return _train(engine, _load(config), f"safework train {shlex.join(config)}")
-            case ["record", folder, steps, *config]:
-                return _record(engine, _load(config), Path(folder), int(steps))
-            case ["measure", recording, gradients, folder, *config]:
-                return _measure(engine.open_trainer, _load(config), Path(recording), Path(gradients), Path(folder))
+        return _run(engine, words)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped at once; what was done since the last checkpoint is lost.", file=sys.stderr)
         return INTERRUPTED
+
+
+def _run(engine: Engine, words: Sequence[str]) -> int:
+    match words:
+        case ["train", *config]:
+            return _train(engine, _load(config), f"safework train {shlex.join(config)}")
+        case ["attack", options, *config]:
+            loaded = _load(config)
+            return attack(loaded, engine.judge_opener(loaded), Options(*json.loads(options)))
+        case ["record", folder, steps, *config]:
+            return _record(engine, _load(config), Path(folder), int(steps))
+        case ["measure", recording, gradients, folder, *config]:
+            return _measure(engine.open_trainer, _load(config), Path(recording), Path(gradients), Path(folder))
     print(f"usage:{__doc__}", file=sys.stderr)
     return 2
 
@@ -86,7 +95,7 @@ def _train(engine: Engine, loaded: LoadedConfig, command: str) -> int:
     policy = policy_folder(loaded)
     chat = open_chat(loaded, policy)
     reference = reference_folder(loaded, policy, chat)
-    data = engine.load_data(loaded, chat)
+    data = load_data(loaded, chat, engine.judge_opener(loaded))
     with closing(open_run(loaded)) as run_dir:
         start = run_dir.state()
         if start.step >= config.run.steps:
@@ -122,7 +131,7 @@ def _record(engine: Engine, loaded: LoadedConfig, folder: Path, steps: int) -> i
     config = loaded.config
     policy = policy_folder(loaded)
     chat = open_chat(loaded, policy)
-    data = engine.load_data(loaded, chat)
+    data = load_data(loaded, chat, engine.judge_opener(loaded))
     sampler = RolloutSampler(engine.open_trainer(loaded, policy, None), chat, config.rollout, config.run.seed)
     with closing(data.recipe), _temporary(folder):
         record(config, data, sampler, folder, steps)

@@ -108,6 +108,9 @@ class RewardsSection(Section):
     `max_missing` scores of one step are missing, with `drop` it goes on as long as a group is left. A run that has
     stopped may be resumed with other values.
     deadline_s: seconds that one verifier may take for all its samples of a step; then its scores are missing.
+    attack_cases: what `safework attack` begins with, a JSONL file of bad answers (`common/attack/cases.py`).
+    attack_report: the file that it writes. max_attack_gain: the largest mean gain that a family of attacks may have on
+    a judge; `safework check` then wants that file, of the same judges. null: no limit.
     """
 
     verifiers: dict[str, VerifierSection]
@@ -117,6 +120,9 @@ class RewardsSection(Section):
     on_missing: Literal["error", "drop"] = "error"
     max_missing: NonNegativeInt = 0
     deadline_s: PositiveFloat = 3600.0
+    attack_cases: str = "configs/attack/cases.jsonl"
+    attack_report: str = "attack.json"
+    max_attack_gain: NonNegativeFloat | None = None
 
 
 class BatchSection(Section):
