@@ -30,12 +30,23 @@ CONFIG_HELP = "run files (YAML) and key=value overrides; later ones win"
 
 def main(words: Sequence[str] | None = None) -> int:
     """Entry point of `safework`; returns the exit status."""
-    arguments = _parser().parse_args(words)
+    arguments = _parsed(words)
     try:
         return arguments.run(arguments)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _parsed(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; overrides may stand behind options too, where argparse takes no more words for a list."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(words)
+    if rest and ("config" not in arguments or any(word.startswith("-") or "=" not in word for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.config += rest
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,7 +105,10 @@ def _train(arguments: argparse.Namespace) -> NoReturn:
 
 
 def _attack(arguments: argparse.Namespace) -> NoReturn:
-    _hand_over(arguments.config, "attack", json.dumps(Options(arguments.judge, arguments.samples, arguments.out)))
+    overrides = [word for word in arguments.judge if "=" in word]  # behind the names, as they may stand
+    judges = [word for word in arguments.judge if word not in overrides]
+    options = json.dumps(Options(judges, arguments.samples, arguments.out))
+    _hand_over(arguments.config + overrides, "attack", options)
 
 
 def _hand_over(config: list[str], *verb: str) -> NoReturn:

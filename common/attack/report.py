@@ -146,9 +146,9 @@ def refuse_untried(loaded: LoadedConfig, recipe: Recipe) -> None:
     """
     rewards = loaded.config.rewards
     judges = {
-        rewards.verifiers[name].judge or "": verifier
+        judge: verifier
         for name, verifier in recipe.verifiers.items()
-        if isinstance(verifier, Judge)
+        if isinstance(verifier, Judge) and (judge := rewards.verifiers[name].judge) is not None
     }
     if rewards.max_attack_gain is None or not judges:
         return
