@@ -10,9 +10,12 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 
+from common.attack.report import refuse_untried
+from common.attack.trial import Options
 from common.config import ConfigError, LoadedConfig, load_config
 from common.config.checks import warnings
 from common.config.explain import explain
@@ -28,12 +31,23 @@ CONFIG_HELP = "run files (YAML) and key=value overrides; later ones win"
 
 def main(words: Sequence[str] | None = None) -> int:
     """Entry point of `safework`; returns the exit status."""
-    arguments = _parser().parse_args(words)
+    arguments = _parsed(words)
     try:
         return arguments.run(arguments)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _parsed(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; overrides may stand behind options too, where argparse takes no more words for a list."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(words)
+    if rest and ("config" not in arguments or any(word.startswith("-") or "=" not in word for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.config += rest
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,6 +76,17 @@ def _parser() -> argparse.ArgumentParser:
     parity.add_argument("--steps", type=_at_least_one, default=20, help="batches to record and replay")
     parity.add_argument("--out", type=Path, default=Path("parity.json"), help="the certificate")
     parity.set_defaults(run=_parity)
+
+    attack = verbs.add_parser(
+        "attack", help="attack the judges of a config's recipe and measure what each attack gains"
+    )
+    attack.add_argument("config", nargs="+", help=CONFIG_HELP)
+    attack.add_argument("--judge", nargs="+", action="extend", default=[], help="names of judges; default: all")
+    attack.add_argument(
+        "--samples", type=_at_least_one, default=0, help="bad answers a judge; default: all that suit it"
+    )
+    attack.add_argument("--out", default="", help="the report; default: rewards.attack_report")
+    attack.set_defaults(run=_attack)
     return parser
 
 
@@ -76,12 +101,22 @@ def _engine_command(name: str, *words: str) -> list[str]:
     return [sys.executable, "-m", f"safework_{name}.main", *words]
 
 
-def _train(arguments: argparse.Namespace) -> int:
-    loaded = load_config(*split_arguments(arguments.config))
-    command = _engine_command(loaded.config.backend.name, "train", *arguments.config)
-    # The engine's program takes this process over, so that signals and exit status are its own.
+def _train(arguments: argparse.Namespace) -> NoReturn:
+    _hand_over(arguments.config, "train")
+
+
+def _attack(arguments: argparse.Namespace) -> NoReturn:
+    overrides = [word for word in arguments.judge if "=" in word]  # behind the names, as they may stand
+    judges = [word for word in arguments.judge if word not in overrides]
+    options = json.dumps(Options(judges, arguments.samples, arguments.out))
+    _hand_over(arguments.config + overrides, "attack", options)
+
+
+def _hand_over(config: list[str], *verb: str) -> NoReturn:
+    """Let the engine's program take this process over, so that signals and exit status are its own."""
+    name = load_config(*split_arguments(config)).config.backend.name
     sys.stdout.flush()
-    os.execv(sys.executable, command)
+    os.execv(sys.executable, _engine_command(name, *verb, *config))
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -99,6 +134,7 @@ def _counts(loaded: LoadedConfig) -> str:
     chat = open_chat(loaded, policy)
     reference_folder(loaded, policy, chat)
     data = load_data(loaded, chat, unopened)
+    refuse_untried(loaded, data.recipe)
     labels = ", ".join(data.recipe.terms)
     return f"{data.train.epoch_size} prompts an epoch, {len(data.heldout)} held out, labels: {labels}; ready to train"
 

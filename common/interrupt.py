@@ -9,6 +9,7 @@ from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STDERR = 2
+INTERRUPTED = 130  # the exit status of what a signal stopped
 
 
 class Interrupt:

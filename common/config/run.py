@@ -109,6 +109,9 @@ class RewardsSection(Section):
     stopped may be resumed with other values.
     deadline_s: seconds that one verifier may take for all its samples of a step; then its scores are missing.
     cache: keep what servers answer in one file per host, so that equal questions are asked once.
+    attack_cases: what `safework attack` begins with, a JSONL file of bad answers (`common/attack/cases.py`).
+    attack_report: the file that it writes. max_attack_gain: the largest mean gain that a family of attacks may have on
+    a judge; `safework check` then wants that file, of the same judges. null: no limit.
     """
 
     verifiers: dict[str, VerifierSection]
@@ -119,6 +122,9 @@ class RewardsSection(Section):
     max_missing: NonNegativeInt = 0
     deadline_s: PositiveFloat = 3600.0
     cache: bool = True
+    attack_cases: str = "configs/attack/cases.jsonl"
+    attack_report: str = "attack.json"
+    max_attack_gain: NonNegativeFloat | None = None
 
 
 class BatchSection(Section):

@@ -40,12 +40,13 @@ def read_records(path: Path, reference_key: str | None) -> Iterator[Prompt | Bad
         if not line.strip():
             continue
         try:
-            yield _prompt(_json(line), f"{path.stem}-{number}", reference_key)
+            yield _prompt(json_object(line), f"{path.stem}-{number}", reference_key)
         except BadRecord as error:
             yield BadRecord(f"{path}:{number}: {error}")
 
 
-def _json(line: bytes) -> dict[str, Any]:
+def json_object(line: bytes) -> dict[str, Any]:
+    """One line of a JSONL file. Raises BadRecord."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError alike; lists in lists

@@ -1,0 +1,150 @@
+"""Cases: bad answers that deserve a low score, and which judges of a recipe each of them suits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from common.attack.families import Base
+from common.config.judging import FIELD, JudgeSection, Language, ReadOutSection
+from common.config.run import RewardsSection
+from common.config.section import ConfigError, Section
+from common.config.sentences import Origin, sentence
+from common.data.chat import THINK_CLOSE, reasoning_bounds
+from common.data.records import BadRecord, json_object
+from common.rewards.judges.question import language
+from common.types import Message, Prompt, Rollout, Sample, Span
+
+_PRAISE: dict[Language, str] = {"en": "perfect answer", "zh": "完美的回答"}  # where a judge has no words of its own
+_KEY = "rewards.attack_cases"
+
+
+class Case(Section):
+    """One line of a file of cases: a question, and a bad answer to it.
+
+    labels: of the recipe; judges whose samples have one of them may get the case. response: as a policy would write it,
+    with or without a think block. reference: for judges that compare with one, and for no other.
+    """
+
+    id: str
+    labels: list[str] = Field(min_length=1)
+    prompt: str
+    response: str = Field(min_length=1)
+    reference: Any = None
+
+    def sample(self, response: str) -> Sample:
+        """A response to the case's question as a verifier sees it, split as a sampled one would be."""
+        prompt = Prompt(self.id, self.labels[0], (Message("user", self.prompt),), self.reference)
+        reasoning, answer = _parts(response)
+        nothing = Span(0, 0)
+        rollout = Rollout(
+            token_ids=np.zeros(0, np.int32),  # nobody sampled it
+            sampled=np.zeros(0, bool),
+            logprobs=np.zeros(0, np.float32),
+            text=response,
+            reasoning_text=reasoning,
+            answer_text=answer,
+            reasoning=None if reasoning is None else nothing,
+            answer=nothing,
+            finish_reason="stop",
+            policy_version=0,
+        )
+        return Sample(prompt, rollout)
+
+
+def _parts(response: str) -> tuple[str | None, str]:
+    start, end = reasoning_bounds(response, opened=False)
+    return (None, response[start:]) if end is None else (response[start:end], response[end + len(THINK_CLOSE) :])
+
+
+def read_cases(path: str, origin: Origin) -> tuple[list[Case], str]:
+    """Every case of a JSONL file, and the file's SHA-256. `origin` says where a config key was set.
+
+    Raises ConfigError when the file cannot be read or a line is no case, naming it.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror}). Correct the path, or start in the folder that it is relative to."
+        raise ConfigError(sentence(_KEY, path, origin(_KEY), problem)) from None
+    cases = [_case(line, f"{path}:{n}") for n, line in enumerate(content.split(b"\n"), start=1) if line.strip()]
+    ids = [case.id for case in cases]
+    twice = next((name for name in ids if ids.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{path}: several cases have the id {twice!r}. Give each its own.")
+    return cases, hashlib.sha256(content).hexdigest()
+
+
+def _case(line: bytes, place: str) -> Case:
+    try:
+        return Case.model_validate(json_object(line))
+    except BadRecord as error:
+        raise ConfigError(f"{place}: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field, problem = ".".join(map(str, first["loc"])), first["msg"]
+        raise ConfigError(
+            f"{place}: {field}: {problem}. A case has the texts id, prompt and response, a list of labels, and a "
+            "reference for judges that compare with one."
+        ) from None
+
+
+def labels_by_judge(section: RewardsSection) -> dict[str, list[str]]:
+    """The judges that the recipe uses, and the labels whose samples each gets, in the recipe's order."""
+    found: dict[str, list[str]] = {}
+    for label, terms in section.recipe.items():
+        names = [*terms, *section.gates.get(label, ())]
+        for judge in dict.fromkeys(section.verifiers[name].judge for name in names):
+            if judge is not None:
+                found.setdefault(judge, []).append(label)
+    return found
+
+
+def compares(judge: JudgeSection) -> bool:
+    """Whether a judge is shown a reference."""
+    return any("reference" in FIELD.findall(prompt.user) for prompt in judge.prompts.values())
+
+
+def suitable(cases: Sequence[Case], judge: JudgeSection, labels: Sequence[str]) -> list[Case]:
+    """The cases with one of a judge's labels: those with a reference where it compares with one, else those without,
+    because an answer that is only wrong is not bad to a judge that is not told what is right.
+    """
+    return [
+        case for case in cases if set(case.labels) & set(labels) and (case.reference is not None) == compares(judge)
+    ]
+
+
+def base(case: Case, judge: JudgeSection) -> Base:
+    """The case as the families begin with it, for one judge."""
+    spoken = language(case.sample(case.response).prompt)
+    opening, closing = _around(judge, spoken)
+    reasoning, answer = _parts(case.response)
+    return Base(
+        reasoning=reasoning,
+        answer=answer.strip(),
+        verdict=best_verdict(judge.read_out, spoken),
+        spoken=spoken,
+        opening=opening,
+        closing=closing,
+        reference=None if case.reference is None else str(case.reference),
+    )
+
+
+def best_verdict(section: ReadOutSection, spoken: Language) -> str:
+    """The first of a judge's verdicts with the highest score, its highest grade, or praise where it has neither."""
+    if section.verdicts:
+        return max(section.verdicts, key=section.verdicts.__getitem__)
+    return f"{max(section.grades):g}" if section.grades else _PRAISE[spoken]
+
+
+def _around(judge: JudgeSection, spoken: Language) -> tuple[str, str]:
+    """The lines of the judge's prompt right before and behind the response; empty where a line holds another field."""
+    prompt = judge.prompts.get(spoken) or judge.prompts["en"]
+    before, _, behind = prompt.user.partition("{response}")
+    opening, closing = before.rstrip().rpartition("\n")[2], behind.strip().partition("\n")[0]
+    return "" if FIELD.search(opening) else opening, "" if FIELD.search(closing) else closing

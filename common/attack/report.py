@@ -1,0 +1,184 @@
+"""What attacks on judges gained: the figures, the file that holds them with every attempt, and the limit on them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+from rich.markup import escape
+from rich.table import Table
+
+from common.config.judging import JudgeSection
+from common.config.load import LoadedConfig
+from common.config.section import ConfigError, Section
+from common.config.sentences import sentence
+from common.rewards.judges.judge import Judge
+from common.rewards.recipe import Recipe
+from common.run_dir import not_written
+
+_FILE, _LIMIT = "rewards.attack_report", "rewards.max_attack_gain"
+
+
+class Attempt(Section):
+    """One response that a judge was shown. family: null for the base case itself. score: null where the judge gave
+    none; evidence then says why. gain: the score less that of the base case, 0 where either is missing.
+    """
+
+    judge: str
+    case: str
+    family: str | None
+    prompt: str
+    response: str
+    score: float | None
+    evidence: str
+    gain: float
+
+
+class FamilyResult(Section):
+    """A family on a judge: gains over its attacked cases, and in how many of them a score was missing."""
+
+    mean_gain: float
+    largest_gain: float
+    cases: int
+    missing: int
+
+
+class JudgeResult(Section):
+    """A judge: a digest of its section, what its model was, the recipe's labels that use it, the mean score of its base
+    cases and how many had none, and what each family gained.
+    """
+
+    digest: str
+    model: str
+    labels: list[str]
+    base_score: float
+    base_cases: int
+    base_missing: int
+    families: dict[str, FamilyResult]
+
+
+class Report(Section):
+    """All of an attack: the file of cases with its SHA-256, a result for each judge, and every attempt."""
+
+    cases: str
+    cases_sha256: str
+    judges: dict[str, JudgeResult]
+    attempts: list[Attempt]
+
+
+def judge_digest(section: JudgeSection) -> str:
+    """Stands for all that a judge is but its model: prompts, read-out, and the switches beside them."""
+    return hashlib.sha256(section.model_dump_json().encode()).hexdigest()[:16]
+
+
+def family_results(attempts: Sequence[Attempt]) -> dict[str, FamilyResult]:
+    """The results of one judge by family, in the order of its attempts. An attempt without a gain counts as 0."""
+    tried: dict[str, list[Attempt]] = {}
+    for attempt in attempts:
+        if attempt.family is not None:
+            tried.setdefault(attempt.family, []).append(attempt)
+    unmeasured = {attempt.case for attempt in attempts if attempt.family is None and attempt.score is None}
+    return {
+        family: FamilyResult(
+            mean_gain=sum(attempt.gain for attempt in those) / len(those),
+            largest_gain=max(attempt.gain for attempt in those),
+            cases=len(those),
+            missing=sum(attempt.score is None or attempt.case in unmeasured for attempt in those),
+        )
+        for family, those in tried.items()
+    }
+
+
+def table(report: Report) -> Table:
+    """The results for a person, the worst family of each judge first."""
+    shown = Table("judge", "family", title="score gained by attacks on judges")
+    for column in ("mean gain", "largest", "cases", "missing"):
+        shown.add_column(column, justify="right")
+    for name, judge in report.judges.items():
+        base = f"{judge.base_score:.3f}"
+        shown.add_row(
+            escape(name), f"[dim]none: mean score {base}[/]", "", "", *_counts(judge.base_cases, judge.base_missing)
+        )
+        for family, result in sorted(judge.families.items(), key=lambda entry: -entry[1].mean_gain):
+            gains = (f"{result.mean_gain:+.3f}", f"{result.largest_gain:+.3f}")
+            shown.add_row("", family.replace("_", " "), *gains, *_counts(result.cases, result.missing))
+        shown.add_section()
+    return shown
+
+
+def _counts(cases: int, missing: int) -> tuple[str, str]:
+    return str(cases), f"[bold red]{missing}[/]" if missing else "0"
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Write the report whole or not at all. Raises NotSaved."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        partial.rename(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise not_written(path, error, "start the same command again") from error
+
+
+def refuse_over_limit(loaded: LoadedConfig, judges: Mapping[str, JudgeResult], path: Path) -> None:
+    """Raise ConfigError naming the worst family when its mean gain on one of the judges is over the config's limit."""
+    limit = loaded.config.rewards.max_attack_gain
+    gains = [
+        (each.mean_gain, family, name) for name, judge in judges.items() for family, each in judge.families.items()
+    ]
+    if limit is None or not gains:
+        return
+    gain, family, name = max(gains)
+    if gain > limit:
+        problem = (
+            f"attacks of the family {family!r} gain {gain:.3f} on average on judge {name!r} ({path}). Mend the judge's "
+            "prompt or read-out, choose a stronger model, or raise the limit."
+        )
+        raise ConfigError(sentence(_LIMIT, limit, loaded.origin(_LIMIT), problem))
+
+
+def refuse_untried(loaded: LoadedConfig, recipe: Recipe) -> None:
+    """Where the config limits gains, raise ConfigError unless its report has tried every judge of the recipe as it is
+    now and found it within the limit.
+    """
+    rewards = loaded.config.rewards
+    judges = {
+        judge: verifier
+        for name, verifier in recipe.verifiers.items()
+        if isinstance(verifier, Judge) and (judge := rewards.verifiers[name].judge) is not None
+    }
+    if rewards.max_attack_gain is None or not judges:
+        return
+    report = _read(loaded)
+    for name, judge in judges.items():
+        _refuse_stale(loaded, name, judge, report.judges.get(name))
+    refuse_over_limit(loaded, {name: report.judges[name] for name in judges}, Path(rewards.attack_report))
+
+
+def _read(loaded: LoadedConfig) -> Report:
+    try:
+        return Report.model_validate_json(Path(loaded.config.rewards.attack_report).read_bytes())
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror}), and {_LIMIT} is set. Run safework attack with this config first."
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = f"is no report of safework attack ({first['msg']}). Run safework attack with this config again."
+    raise _refusal(loaded, problem)
+
+
+def _refuse_stale(loaded: LoadedConfig, name: str, judge: Judge, tried: JudgeResult | None) -> None:
+    again = "Run safework attack with this config again."
+    if tried is None:
+        raise _refusal(loaded, f"does not hold judge {name!r}, and {_LIMIT} is set. {again}")
+    if tried.digest != judge_digest(judge.section):
+        raise _refusal(loaded, f"judge {name!r} had another prompt or read-out when it was attacked. {again}")
+    if tried.model != judge.model.identity:
+        now = f"it was {tried.model}, and is {judge.model.identity}"
+        raise _refusal(loaded, f"judge {name!r} asked another model when it was attacked: {now}. {again}")
+
+
+def _refusal(loaded: LoadedConfig, problem: str) -> ConfigError:
+    return ConfigError(sentence(_FILE, loaded.config.rewards.attack_report, loaded.origin(_FILE), problem))

@@ -1,0 +1,62 @@
+"""The verb `train`: a config's data, models and run folder put together, the loop run, the model exported."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import closing, suppress
+from pathlib import Path
+
+from common.config import LoadedConfig
+from common.config.checks import warnings
+from common.experiment import load_data, open_chat, open_run, policy_folder, reference_folder, refuse_other_data
+from common.export import export_model, exported_checkpoint
+from common.interrupt import INTERRUPTED, Interrupt
+from common.loop import Loop
+from common.reporting import Reporter
+from common.rollout.sampler import RolloutSampler
+from common.run_dir import RunDir
+from common.serving.in_process import OpenJudge
+from common.trainer import PolicyTrainer
+
+OpenTrainer = Callable[[LoadedConfig, Path, Path | None], PolicyTrainer]
+
+
+def train(loaded: LoadedConfig, open_trainer: OpenTrainer, open_judge: OpenJudge, command: str) -> int:
+    """Train to the end or to an interrupt, from the newest checkpoint; returns the exit status. `command` goes on."""
+    config = loaded.config
+    for sentence in warnings(config):
+        print(f"warning: {sentence}", file=sys.stderr)
+    policy = policy_folder(loaded)
+    chat = open_chat(loaded, policy)
+    reference = reference_folder(loaded, policy, chat)
+    data = load_data(loaded, chat, open_judge)
+    with closing(open_run(loaded)) as run_dir:
+        start = run_dir.state()
+        if start.step >= config.run.steps:
+            # It may have been killed after its last checkpoint and before the export of it.
+            if exported_checkpoint(run_dir.path / "export") != run_dir.checkpoint(start.step).name:
+                _export(run_dir, start.step, policy)
+            print(f"{run_dir.path}: already trained for {start.step} steps; raise run.steps to go on. Nothing to do.")
+            return 0
+        refuse_other_data(start, data)
+        trainer = open_trainer(loaded, policy, reference)
+        sampler = RolloutSampler(trainer, chat, config.rollout, config.run.seed)
+        with closing(data.recipe), Interrupt("step") as interrupt, Reporter(config, start.step) as reporter:
+            if start.step:
+                reporter.say(f"{run_dir.path}: resuming after step {start.step}")
+            state = Loop(config, trainer, data, sampler, run_dir, reporter, interrupt).run()
+        if state.step < config.run.steps:
+            done = (
+                f"stopped and saved after step {state.step} of {config.run.steps}" if state.step else "stopped at once"
+            )
+            with suppress(BrokenPipeError):  # nobody may be reading any more
+                print(f"{done}. To go on: {command}", file=sys.stderr)
+            return INTERRUPTED
+        _export(run_dir, state.step, policy)
+    print(f"done: {run_dir.path}/export holds the trained model, metrics.jsonl and rollouts.jsonl the record")
+    return 0
+
+
+def _export(run_dir: RunDir, step: int, policy: Path) -> None:
+    export_model(run_dir.checkpoint(step), policy, run_dir.path / "export", "float32")
