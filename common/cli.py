@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -27,7 +28,12 @@ CONFIG_HELP = "run files (YAML) and key=value overrides; later ones win"
 
 def main(words: Sequence[str] | None = None) -> int:
     """Entry point of `safework`; returns the exit status."""
-    arguments = _parser().parse_args(words)
+    parser = _parser()
+    arguments, late = parser.parse_known_args(words)
+    if late and (any(word.startswith("-") for word in late) or "config" not in arguments):
+        parser.error(f"unrecognized arguments: {' '.join(late)}")
+    if late:  # overrides behind an option, which argparse does not join to those before it
+        arguments.config += late
     try:
         return arguments.run(arguments)
     except USER_ERRORS as error:
@@ -42,6 +48,14 @@ def _parser() -> argparse.ArgumentParser:
     train = verbs.add_parser("train", help="train the policy of a config; resumes an unfinished run")
     train.add_argument("config", nargs="+", help=CONFIG_HELP)
     train.set_defaults(run=_train)
+
+    score = verbs.add_parser("score", help="score prompts and responses, or a run's once more, by a config's verifiers")
+    score.add_argument("config", nargs="+", metavar="CONFIG... FILE", help=f"{CONFIG_HELP}; the last file is scored")
+    score.add_argument(
+        "--out", type=Path, help="the scores; default: beside the file. What is in it is not asked again"
+    )
+    score.add_argument("--label", help="the label of records that have none")
+    score.set_defaults(run=_score)
 
     check = verbs.add_parser(
         "check", help="print the resolved config with the origin of each value; check data and model"
@@ -77,10 +91,33 @@ def _engine_command(name: str, *words: str) -> list[str]:
 
 def _train(arguments: argparse.Namespace) -> int:
     loaded = load_config(*split_arguments(arguments.config))
-    command = _engine_command(loaded.config.backend.name, "train", *arguments.config)
-    # The engine's program takes this process over, so that signals and exit status are its own.
+    _become(_engine_command(loaded.config.backend.name, "train", *arguments.config))
+
+
+def _become(command: list[str]) -> NoReturn:
+    """The engine's program takes this process over, so that signals and exit status are its own."""
     sys.stdout.flush()
     os.execv(sys.executable, command)
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    files, overrides = split_arguments(arguments.config)
+    if len(files) < 2:
+        raise ConfigError(
+            f"score got {' '.join(files) or 'no file'}. Give run files and, last, the file or run to score."
+        )
+    *configs, file = files
+    out = arguments.out or _beside(Path(file))
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {out}: no such folder. Make it, or give another path.")
+    loaded = load_config(configs, overrides)
+    words = ("score", file, str(out), arguments.label or "", *configs, *overrides)
+    _become(_engine_command(loaded.config.backend.name, *words))
+
+
+def _beside(file: Path) -> Path:
+    """Where the scores of a file, or of a run's folder, go."""
+    return file / "scores.jsonl" if file.is_dir() else file.with_suffix(".scores.jsonl")
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """What both engines' programs do with a verb and a config, given how to open their trainer.
 
 train CONFIG...                                 the training loop
+score FILE OUT LABEL CONFIG...                  score a file of prompts and responses; an empty LABEL is none
 record FOLDER STEPS CONFIG...                   parity: sample the batches that both engines are fed
 measure RECORDING GRADIENTS FOLDER CONFIG...    parity: run this engine's side of the ladder
 """
@@ -17,8 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.config import ConfigError, LoadedConfig, load_config
-from common.data.chat import Chat
-from common.experiment import Data, load_data, open_chat, open_run, policy_folder, reference_folder, refuse_other_data
+from common.experiment import load_data, open_chat, open_run, policy_folder, reference_folder, refuse_other_data
 from common.export import export_model, exported_checkpoint
 from common.interrupt import Interrupt
 from common.loop import Loop
@@ -28,6 +28,7 @@ from common.reporting import Reporter
 from common.rewards.scorer import ScoreMissing
 from common.rollout.sampler import RolloutSampler
 from common.run_dir import NotSaved, RunDir, not_written
+from common.scoring.score import Job, score
 from common.serving.model import LocalJudge
 from common.serving.served import ServerError
 from common.trainer import NonFiniteUpdate
@@ -42,7 +43,7 @@ INTERRUPTED = 130
 
 def split_arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Config files and key=value overrides, in any order."""
-    files = [word for word in words if "=" not in word or os.path.isfile(word)]
+    files = [word for word in words if "=" not in word or os.path.exists(word)]
     return files, [word for word in words if word not in files]
 
 
@@ -52,27 +53,33 @@ class Engine(NamedTuple):
     open_trainer: OpenTrainer
     open_judge: OpenEngineJudge
 
-    def load_data(self, loaded: LoadedConfig, chat: Chat) -> Data:
-        """The config's data and recipe, with judges in process on this engine."""
-        return load_data(loaded, chat, partial(self.open_judge, loaded))
+    def opens(self, loaded: LoadedConfig) -> Callable[[Path], LocalJudge]:
+        """How the judges in process of a config are opened."""
+        return partial(self.open_judge, loaded)
 
 
 def run_verb(engine: Engine, words: Sequence[str]) -> int:
     """Run one verb with its words; returns the process's exit status."""
     try:
-        match words:
-            case ["train", *config]:
-                return _train(engine, _load(config), f"safework train {shlex.join(config)}")
-            case ["record", folder, steps, *config]:
-                return _record(engine, _load(config), Path(folder), int(steps))
-            case ["measure", recording, gradients, folder, *config]:
-                return _measure(engine.open_trainer, _load(config), Path(recording), Path(gradients), Path(folder))
+        return _run(engine, words)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped at once; what was done since the last checkpoint is lost.", file=sys.stderr)
         return INTERRUPTED
+
+
+def _run(engine: Engine, words: Sequence[str]) -> int:
+    match words:
+        case ["train", *config]:
+            return _train(engine, _load(config), f"safework train {shlex.join(config)}")
+        case ["score", file, out, label, *config]:
+            return _score(engine, config, Path(file), Path(out), label or None)
+        case ["record", folder, steps, *config]:
+            return _record(engine, _load(config), Path(folder), int(steps))
+        case ["measure", recording, gradients, folder, *config]:
+            return _measure(engine.open_trainer, _load(config), Path(recording), Path(gradients), Path(folder))
     print(f"usage:{__doc__}", file=sys.stderr)
     return 2
 
@@ -86,7 +93,7 @@ def _train(engine: Engine, loaded: LoadedConfig, command: str) -> int:
     policy = policy_folder(loaded)
     chat = open_chat(loaded, policy)
     reference = reference_folder(loaded, policy, chat)
-    data = engine.load_data(loaded, chat)
+    data = load_data(loaded, chat, engine.opens(loaded))
     with closing(open_run(loaded)) as run_dir:
         start = run_dir.state()
         if start.step >= config.run.steps:
@@ -98,7 +105,7 @@ def _train(engine: Engine, loaded: LoadedConfig, command: str) -> int:
         refuse_other_data(start, data)
         trainer = engine.open_trainer(loaded, policy, reference)
         sampler = RolloutSampler(trainer, chat, config.rollout, config.run.seed)
-        with closing(data.recipe), Interrupt() as interrupt, Reporter(config, start.step) as reporter:
+        with closing(data.recipe), Interrupt("step") as interrupt, Reporter(config, start.step) as reporter:
             if start.step:
                 reporter.say(f"{run_dir.path}: resuming after step {start.step}")
             state = Loop(config, trainer, data, sampler, run_dir, reporter, interrupt).run()
@@ -114,6 +121,12 @@ def _train(engine: Engine, loaded: LoadedConfig, command: str) -> int:
     return 0
 
 
+def _score(engine: Engine, config: Sequence[str], file: Path, out: Path, label: str | None) -> int:
+    loaded, named = _load(config), [] if label is None else ["--label", label]
+    command = shlex.join(["safework", "score", *config, str(file), "--out", str(out), *named])
+    return score(loaded, engine.opens(loaded), Job(file, out, label, command))
+
+
 def _export(run_dir: RunDir, step: int, policy: Path) -> None:
     export_model(run_dir.checkpoint(step), policy, run_dir.path / "export", "float32")
 
@@ -122,7 +135,7 @@ def _record(engine: Engine, loaded: LoadedConfig, folder: Path, steps: int) -> i
     config = loaded.config
     policy = policy_folder(loaded)
     chat = open_chat(loaded, policy)
-    data = engine.load_data(loaded, chat)
+    data = load_data(loaded, chat, engine.opens(loaded))
     sampler = RolloutSampler(engine.open_trainer(loaded, policy, None), chat, config.rollout, config.run.seed)
     with closing(data.recipe), _temporary(folder):
         record(config, data, sampler, folder, steps)
