@@ -58,6 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", nargs="+", help=CONFIG_HELP)
     train.set_defaults(run=_train)
 
+    score = verbs.add_parser("score", help="score prompts and responses, or a run's once more, by a config's verifiers")
+    score.add_argument("config", nargs="+", metavar="CONFIG... FILE", help=f"{CONFIG_HELP}; the last file is scored")
+    score.add_argument(
+        "--out", type=Path, help="the scores; default: beside the file. What is in it is not asked again"
+    )
+    score.add_argument("--label", help="the label of records that have none")
+    score.set_defaults(run=_score)
+
     check = verbs.add_parser(
         "check", help="print the resolved config with the origin of each value; check data and model"
     )
@@ -117,6 +125,24 @@ def _hand_over(config: list[str], *verb: str) -> NoReturn:
     name = load_config(*split_arguments(config)).config.backend.name
     sys.stdout.flush()
     os.execv(sys.executable, _engine_command(name, *verb, *config))
+
+
+def _score(arguments: argparse.Namespace) -> NoReturn:
+    files, overrides = split_arguments(arguments.config)
+    if len(files) < 2:
+        raise ConfigError(
+            f"score got {' '.join(files) or 'no file'}. Give run files and, last, the file or run to score."
+        )
+    *configs, file = files
+    out = arguments.out or _beside(Path(file))
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {out}: no such folder. Make it, or give another path.")
+    _hand_over([*configs, *overrides], "score", file, str(out), arguments.label or "")
+
+
+def _beside(file: Path) -> Path:
+    """Where the scores of a file, or of a run's folder, go."""
+    return file / "scores.jsonl" if file.is_dir() else file.with_suffix(".scores.jsonl")
 
 
 def _check(arguments: argparse.Namespace) -> int:

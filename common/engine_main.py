@@ -2,6 +2,7 @@
 
 train CONFIG...                                 the training loop
 attack OPTIONS CONFIG...                        attack the judges; OPTIONS is a JSON list
+score FILE OUT LABEL CONFIG...                  score a file of prompts and responses; an empty LABEL is none
 record FOLDER STEPS CONFIG...                   parity: sample the batches that both engines are fed
 measure RECORDING GRADIENTS FOLDER CONFIG...    parity: run this engine's side of the ladder
 """
@@ -23,6 +24,7 @@ from common.interrupt import INTERRUPTED
 from common.parity.sides import OpenTrainer, measure_side, record_batches
 from common.rewards.scorer import ScoreMissing
 from common.run_dir import NotSaved
+from common.scoring.score import Job, score
 from common.serving.in_process import OpenJudge
 from common.serving.model import LocalJudge
 from common.serving.served import ServerError
@@ -70,6 +72,10 @@ def _run(engine: Engine, words: Sequence[str]) -> int:
         case ["attack", options, *config]:
             loaded = _load(config)
             return attack(loaded, engine.judge_opener(loaded), Options(*json.loads(options)))
+        case ["score", file, out, label, *config]:
+            loaded, named = _load(config), ["--label", label] if label else []
+            command = shlex.join(["safework", "score", *config, file, "--out", out, *named])
+            return score(loaded, engine.judge_opener(loaded), Job(Path(file), Path(out), label or None, command))
         case ["record", folder, steps, *config]:
             loaded = _load(config)
             record_batches(loaded, engine.open_trainer, engine.judge_opener(loaded), Path(folder), int(steps))

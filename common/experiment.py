@@ -84,7 +84,7 @@ def _checked_recipe(loaded: LoadedConfig, sources: Sequence[LoadedSource], open_
                 f"{path}: prompt {prompt.id!r} has images, and the model {loaded.config.model.path!r} reads text only. "
                 "Remove the prompt."
             )
-    servers = Servers(loaded.config.servers, loaded.origin, open_judge, rewards.cache)
+    servers = Servers(loaded, open_judge)
     recipe = Recipe(rewards, servers, (prompt.label for _, prompt in prompts), loaded.origin)
     for path, prompt in prompts:
         try:

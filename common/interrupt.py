@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request: the running step is finished and saved, a second one stops at once."""
+"""Ctrl-C and SIGTERM as a request: what runs is finished and saved, a second one stops at once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ INTERRUPTED = 130  # the exit status of what a signal stopped
 
 
 class Interrupt:
-    """While open, notes the first SIGINT or SIGTERM in `requested` and lets the second one through."""
+    """While open, notes the first SIGINT or SIGTERM in `requested` and lets the second one through. `unit` is what the
+    first one lets finish.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str) -> None:
         self.requested = False
+        self._said = f"stopping after this {unit} (again: at once, losing it)\n".encode()
 
     def __enter__(self) -> Interrupt:
         self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -32,4 +35,4 @@ class Interrupt:
         self.requested = True
         # Not print: the signal may have come in the middle of one, and a buffered stream cannot be entered twice.
         with suppress(OSError):  # nobody may be reading any more
-            os.write(STDERR, b"stopping after this step (again: at once, losing it)\n")
+            os.write(STDERR, self._said)

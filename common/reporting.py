@@ -38,7 +38,7 @@ class Wandb(Protocol):
     def finish(self) -> None: ...
 
 
-class _Console(Console):
+class UnwatchedConsole(Console):
     """Falls silent when its reader has gone, like `tee` after Ctrl-C: a run goes on and saves without being watched."""
 
     def on_broken_pipe(self) -> None:
@@ -52,7 +52,7 @@ class Reporter:
 
     def __init__(self, config: RunConfig, first_step: int) -> None:
         self._config = config
-        self._console = _Console()
+        self._console = UnwatchedConsole()
         self._wandb = _open_wandb(config)
         self._training_s, self._first = 0.0, first_step
         self._progress = Progress(

@@ -80,11 +80,24 @@ class RolloutGroup:
     rollouts: tuple[Rollout, ...]
 
 
+@dataclass(frozen=True)
+class Transcript:
+    """A response of which the text is known, and not how it was sampled: one out of somebody's file.
+
+    Its parts are those of a Rollout. token_ids: int32 [T], None where the file has none.
+    """
+
+    text: str
+    reasoning_text: str | None
+    answer_text: str
+    token_ids: np.ndarray | None
+
+
 class Sample(NamedTuple):
-    """What a verifier looks at: a prompt and one response to it."""
+    """What a verifier looks at: a prompt and one response to it, a rollout always while a policy is trained."""
 
     prompt: Prompt
-    rollout: Rollout
+    rollout: Rollout | Transcript
 
 
 class Asked(NamedTuple):

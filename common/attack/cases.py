@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import Field, ValidationError
 
 from common.attack.families import Base
@@ -15,10 +14,10 @@ from common.config.judging import FIELD, JudgeSection, Language, ReadOutSection
 from common.config.run import RewardsSection
 from common.config.section import ConfigError, Section
 from common.config.sentences import Origin, sentence
-from common.data.chat import THINK_CLOSE, reasoning_bounds
-from common.data.records import BadRecord, json_object
+from common.data.chat import think_block
+from common.data.records import BadRecord, parse_line
 from common.rewards.judges.question import language
-from common.types import Message, Prompt, Rollout, Sample, Span
+from common.types import Message, Prompt, Sample, Transcript
 
 _PRAISE: dict[Language, str] = {"en": "perfect answer", "zh": "完美的回答"}  # where a judge has no words of its own
 _KEY = "rewards.attack_cases"
@@ -40,26 +39,9 @@ class Case(Section):
     def sample(self, response: str) -> Sample:
         """A response to the case's question as a verifier sees it, split as a sampled one would be."""
         prompt = Prompt(self.id, self.labels[0], (Message("user", self.prompt),), self.reference)
-        reasoning, answer = _parts(response)
-        nothing = Span(0, 0)
-        rollout = Rollout(
-            token_ids=np.zeros(0, np.int32),  # nobody sampled it
-            sampled=np.zeros(0, bool),
-            logprobs=np.zeros(0, np.float32),
-            text=response,
-            reasoning_text=reasoning,
-            answer_text=answer,
-            reasoning=None if reasoning is None else nothing,
-            answer=nothing,
-            finish_reason="stop",
-            policy_version=0,
-        )
-        return Sample(prompt, rollout)
-
-
-def _parts(response: str) -> tuple[str | None, str]:
-    start, end = reasoning_bounds(response, opened=False)
-    return (None, response[start:]) if end is None else (response[start:end], response[end + len(THINK_CLOSE) :])
+        block, after = think_block(response, opened=False)
+        reasoning = None if block is None else response[slice(*block)]
+        return Sample(prompt, Transcript(response, reasoning, response[after:], None))
 
 
 def read_cases(path: str, origin: Origin) -> tuple[list[Case], str]:
@@ -82,7 +64,7 @@ def read_cases(path: str, origin: Origin) -> tuple[list[Case], str]:
 
 def _case(line: bytes, place: str) -> Case:
     try:
-        return Case.model_validate(json_object(line))
+        return Case.model_validate(parse_line(line))
     except BadRecord as error:
         raise ConfigError(f"{place}: {error}") from None
     except ValidationError as error:
@@ -123,7 +105,8 @@ def base(case: Case, judge: JudgeSection) -> Base:
     """The case as the families begin with it, for one judge."""
     spoken = language(case.sample(case.response).prompt)
     opening, closing = _around(judge, spoken)
-    reasoning, answer = _parts(case.response)
+    asked = case.sample(case.response).rollout
+    reasoning, answer = asked.reasoning_text, asked.answer_text
     return Base(
         reasoning=reasoning,
         answer=answer.strip(),

@@ -63,7 +63,7 @@ def attack(loaded: LoadedConfig, open_judge: OpenJudge, options: Options) -> int
         raise ConfigError(f"{key} {out}: no such folder. Make it, or give another path.")
     cases, sha256 = read_cases(loaded.config.rewards.attack_cases, loaded.origin)
     chosen = _chosen(loaded, cases, options)
-    with closing(_servers(loaded, open_judge)) as servers:
+    with closing(Servers(loaded, open_judge)) as servers:
         sections = {name: loaded.config.rewards.judges[name] for name in chosen}
         judges = {name: Judge(name, section, servers.open(section.server)) for name, section in sections.items()}
         attempts = _attempts(judges, chosen, loaded.config.rewards.deadline_s)
@@ -80,10 +80,6 @@ def attack(loaded: LoadedConfig, open_judge: OpenJudge, options: Options) -> int
     console.print(f"{out}: {len(report.attempts)} attempts", highlight=False, markup=False, soft_wrap=True)
     refuse_over_limit(loaded, report.judges, out)
     return 0
-
-
-def _servers(loaded: LoadedConfig, open_judge: OpenJudge) -> Servers:
-    return Servers(loaded.config.servers, loaded.origin, open_judge, loaded.config.rewards.cache)
 
 
 def _chosen(loaded: LoadedConfig, cases: Sequence[Case], options: Options) -> dict[str, list[Case]]:

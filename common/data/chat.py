@@ -196,17 +196,15 @@ class Chat:
         """
         body = token_ids[:-1] if finish_reason == "stop" else token_ids
         text = self.decode(body)
-        start, end = reasoning_bounds(text, opened)
-        reasoning = None if end is None else self._span(body, text, start, end)
-        after = start if end is None else end + len(THINK_CLOSE)
+        block, after = think_block(text, opened)
         return Rollout(
             token_ids=token_ids,
             sampled=np.ones(len(token_ids), bool),
             logprobs=logprobs,
             text=text,
-            reasoning_text=None if end is None else text[start:end],
+            reasoning_text=None if block is None else text[slice(*block)],
             answer_text=text[after:],
-            reasoning=reasoning,
+            reasoning=None if block is None else self._span(body, text, *block),
             answer=self._span(body, text, after, len(text)),
             finish_reason=finish_reason,
             policy_version=policy_version,
@@ -228,15 +226,17 @@ class Chat:
         return Span(first, max(first, last))
 
 
-def reasoning_bounds(text: str, opened: bool) -> tuple[int, int | None]:
-    """Character range of the think block's content. Without a closed block the end is None, and the start is where an
-    answer begins: at once where no block was opened, nowhere where one was never closed.
+def think_block(text: str, opened: bool) -> tuple[tuple[int, int] | None, int]:
+    """The character range of a response's reasoning, and where its answer begins.
+
+    Without a closed block there is no range, and an answer begins at once where no block was opened, by the response or
+    before it (`opened`), and nowhere where one was never closed.
     """
     start = 0
     if not opened:
         stripped = text.lstrip()
         if not stripped.startswith(THINK_OPEN):
-            return 0, None
+            return None, 0
         start = len(text) - len(stripped) + len(THINK_OPEN)
     end = text.find(THINK_CLOSE, start)
-    return (len(text), None) if end < 0 else (start, end)
+    return (None, len(text)) if end < 0 else ((start, end), end + len(THINK_CLOSE))

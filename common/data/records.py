@@ -40,13 +40,13 @@ def read_records(path: Path, reference_key: str | None) -> Iterator[Prompt | Bad
         if not line.strip():
             continue
         try:
-            yield _prompt(json_object(line), f"{path.stem}-{number}", reference_key)
+            yield parse_prompt(parse_line(line), f"{path.stem}-{number}", reference_key)
         except BadRecord as error:
             yield BadRecord(f"{path}:{number}: {error}")
 
 
-def json_object(line: bytes) -> dict[str, Any]:
-    """One line of a JSONL file. Raises BadRecord."""
+def parse_line(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line. Raises BadRecord."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError alike; lists in lists
@@ -62,7 +62,8 @@ def json_object(line: bytes) -> dict[str, Any]:
     return record
 
 
-def _prompt(record: dict[str, Any], default_id: str, reference_key: str | None) -> Prompt:
+def parse_prompt(record: dict[str, Any], default_id: str, reference_key: str | None) -> Prompt:
+    """The prompt of a record in either shape. Raises BadRecord."""
     messages = _messages(record)
     answer = None
     if messages[-1].role == "assistant":
@@ -85,13 +86,14 @@ def _messages(record: dict[str, Any]) -> list[Message]:
         turns = record["prompt"]
         if isinstance(turns, str):
             turns = [{"role": "user", "content": turns}]
-        return _turns(turns, "prompt", "role", "content")
+        return parse_turns(turns, "prompt", "role", "content")
     if "conversations" in record:
-        return _turns(record["conversations"], "conversations", "from", "value")
+        return parse_turns(record["conversations"], "conversations", "from", "value")
     raise BadRecord(f"has neither 'prompt' nor 'conversations'; its fields are {', '.join(sorted(record)) or 'none'}.")
 
 
-def _turns(turns: Any, field: str, role_key: str, content_key: str) -> list[Message]:
+def parse_turns(turns: Any, field: str, role_key: str, content_key: str) -> list[Message]:
+    """The turns that stand in a field. Raises BadRecord."""
     if not isinstance(turns, list) or not turns:
         raise BadRecord(f"{field!r} must be a non-empty list of turns.")
     messages = []
@@ -104,10 +106,14 @@ def _turns(turns: Any, field: str, role_key: str, content_key: str) -> list[Mess
     return messages
 
 
-def _label(record: dict[str, Any]) -> str:
+def given_label(record: dict[str, Any]) -> Any:
+    """What a record gives as its label, None where it gives none."""
     label, extra = record.get("label"), record.get("extra_info")
-    if label is None and isinstance(extra, dict):
-        label = extra.get("label")
+    return extra.get("label") if label is None and isinstance(extra, dict) else label
+
+
+def _label(record: dict[str, Any]) -> str:
+    label = given_label(record)
     if not isinstance(label, str) or not label:
         raise BadRecord("has no 'label' (a string, at top level or in extra_info); the reward recipe needs it.")
     return label

@@ -60,11 +60,11 @@ class Scorer:
         lost = sum(each.missing for each in tallies.values())
         if self._section.on_missing == "error" and lost > self._section.max_missing:
             raise ScoreMissing(
-                f"{_missing(results)}. Limit is {self._section.max_missing} a step (rewards.max_missing). "
+                f"{what_is_missing(results)}. Limit is {self._section.max_missing} a step (rewards.max_missing). "
                 "Raise it, or set rewards.on_missing to drop, to go on without the groups concerned."
             )
         if groups and not scored.groups:
-            raise ScoreMissing(f"{_missing(results)}. Every group lost one, so nothing is left to train on.")
+            raise ScoreMissing(f"{what_is_missing(results)}. Every group lost one, so nothing is left to train on.")
         return scored
 
     def results(self, samples: Sequence[Sample]) -> Results:
@@ -94,7 +94,7 @@ class Scorer:
         return tuple(complete)
 
 
-def _missing(results: list[dict[str, Score | Missing]]) -> str:
+def what_is_missing(results: Results) -> str:
     """Which verifier left out most, how many, and the first reason it gave."""
     missing = [(name, score) for result in results for name, score in result.items() if isinstance(score, Missing)]
     worst, lost = Counter(name for name, _ in missing).most_common(1)[0]

@@ -44,13 +44,20 @@ class Tally:
             f"unparsable/{name}": float(self.unparsable),
             f"cache_hits/{name}": float(sum(asked.cached for asked in self.asked)),
         }
-        new = [asked for asked in self.asked if not asked.cached]
-        if new:
-            p50, p95 = np.quantile([asked.latency_s for asked in new], [0.5, 0.95])
-            queue_s = float(np.mean([asked.queue_s for asked in new]))
-            found |= {f"latency_p50_s/{name}": float(p50), f"latency_p95_s/{name}": float(p95)}
-            found[f"queue_s/{name}"] = queue_s
+        if self.latency_s is not None:
+            p50, p95 = self.latency_s
+            queue_s = float(np.mean([asked.queue_s for asked in self.asked if not asked.cached]))
+            found |= {f"latency_p50_s/{name}": p50, f"latency_p95_s/{name}": p95, f"queue_s/{name}": queue_s}
         return found
+
+    @property
+    def latency_s(self) -> tuple[float, float] | None:
+        """Median and 95th percentile of the answers that were not cached; None where there are none."""
+        new = [asked.latency_s for asked in self.asked if not asked.cached]
+        if not new:
+            return None
+        p50, p95 = np.quantile(new, [0.5, 0.95])
+        return float(p50), float(p95)
 
 
 def tally(results: Sequence[Score | Missing]) -> Tally:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from common.config.judging import ServerSection
+from common.config.load import LoadedConfig
 from common.config.section import ConfigError
-from common.config.sentences import Origin, sentence
+from common.config.sentences import sentence
 from common.data.embedded_model import default_cache
 from common.serving.answer_cache import AnswerCache
 from common.serving.cached import CachedModel
@@ -16,23 +15,21 @@ from common.serving.served import ServedModel
 
 
 class Servers:
-    """Judge models by server name. `origin` says where a config key was set; `open_judge` opens a model in process.
+    """The judge models of a config by server name. `open_judge` opens a model in process.
 
-    With `cached`, answers over HTTP are kept in one file per host. A model in process is asked again every time: what
+    With `rewards.cache`, answers over HTTP are kept in one file per host. A model in process is asked every time: what
     it computes depends in the last bits on the questions beside, and a run repeats bit for bit whatever ran before it.
     """
 
-    def __init__(
-        self, sections: Mapping[str, ServerSection], origin: Origin, open_judge: OpenJudge, cached: bool
-    ) -> None:
-        self._sections, self._origin, self._open_judge = sections, origin, open_judge
+    def __init__(self, loaded: LoadedConfig, open_judge: OpenJudge) -> None:
+        self._loaded, self._open_judge = loaded, open_judge
         self._opened: dict[str, JudgeModel] = {}
-        self._cached, self._cache = cached, None
+        self._cache: AnswerCache | None = None
 
     def open(self, name: str) -> JudgeModel:
         """The model of a server; several judges share one. Raises ServerError and ConfigError."""
         if name not in self._opened:
-            self._opened[name] = self._open(name, self._sections[name])
+            self._opened[name] = self._open(name, self._loaded.config.servers[name])
         return self._opened[name]
 
     def _open(self, name: str, section: ServerSection) -> JudgeModel:
@@ -42,8 +39,8 @@ class Servers:
                 return InProcessModel(section, self._open_judge)
             served = ServedModel(name, section)
         except ConfigError as error:
-            raise ConfigError(sentence(key, section.model, self._origin(key), str(error))) from None
-        if not self._cached:
+            raise ConfigError(sentence(key, section.model, self._loaded.origin(key), str(error))) from None
+        if not self._loaded.config.rewards.cache:
             return served
         self._cache = self._cache or AnswerCache(default_cache() / "answers.sqlite")
         return CachedModel(served, self._cache)

@@ -54,7 +54,7 @@ def recipe(folder: Path, *labels: str) -> Recipe:
     path = folder / "run.yaml"
     path.write_text(RUN_FILE, encoding="utf-8")
     loaded = load_config([path])
-    return Recipe(loaded.config.rewards, Servers({}, loaded.origin, unopened, cached=False), labels, loaded.origin)
+    return Recipe(loaded.config.rewards, Servers(loaded, unopened), labels, loaded.origin)
 
 
 def group(label: str, *texts: str, reference: Any = "4", draw: int = 0) -> RolloutGroup:

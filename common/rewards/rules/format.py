@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from common.rewards.verifier import Verifier
-from common.types import Missing, Rollout, Sample, Score
+from common.types import Missing, Rollout, Sample, Score, Transcript
 
 THINK, END_THINK = "<think>", "</think>"
 
@@ -19,7 +19,7 @@ def is_blank(text: str) -> bool:
     return not any(unicodedata.category(character)[0] in "LNPS" for character in text)
 
 
-def _form_fault(rollout: Rollout) -> str | None:
+def _form_fault(rollout: Rollout | Transcript) -> str | None:
     """What breaks the form, or None. The opening tag may be missing: some chat templates put it into the prompt."""
     before, tag, _ = rollout.text.partition(THINK)
     if rollout.reasoning_text is None:
@@ -51,7 +51,7 @@ class TaskFormat(Verifier):
     def score(self, samples: Sequence[Sample]) -> list[Score | Missing]:
         return [self._judge(sample.rollout) for sample in samples]
 
-    def _judge(self, rollout: Rollout) -> Score:
+    def _judge(self, rollout: Rollout | Transcript) -> Score:
         if rollout.reasoning_text is None:
             return Score(0.0, "no closed think block")
         if r"\boxed" in rollout.reasoning_text:

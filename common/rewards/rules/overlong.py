@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from common.rewards.verifier import Verifier
-from common.types import Missing, Sample, Score
+from common.types import Missing, Rollout, Sample, Score, Transcript
 
 
 class Overlong(Verifier):
@@ -24,10 +24,18 @@ class Overlong(Verifier):
         self.max_length, self.buffer, self.factor = max_length, buffer, factor
 
     def score(self, samples: Sequence[Sample]) -> list[Score | Missing]:
-        return [self._judge(int(sample.rollout.sampled.sum())) for sample in samples]
+        return [self._judge(_length(sample.rollout)) for sample in samples]
 
-    def _judge(self, length: int) -> Score:
+    def _judge(self, length: int | None) -> Score | Missing:
+        if length is None:
+            return Missing("overlong counts tokens, and the record has no token_ids")
         excess = length - (self.max_length - self.buffer)
         share = min(max(excess, 0) / self.buffer, 1.0)
         # `0.0 - x` and not `-x`, so that a short response scores 0.0 and not -0.0
         return Score(0.0 - self.factor * share, f"{length} tokens, free up to {self.max_length - self.buffer}")
+
+
+def _length(rollout: Rollout | Transcript) -> int | None:
+    if isinstance(rollout, Rollout):
+        return int(rollout.sampled.sum())
+    return None if rollout.token_ids is None else len(rollout.token_ids)

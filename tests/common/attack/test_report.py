@@ -177,7 +177,7 @@ def loaded(folder: Path, *words: str, limit: float | None = 0.2) -> LoadedConfig
 def recipe(config: LoadedConfig, *labels: str) -> Recipe:
     return Recipe(
         config.config.rewards,
-        Servers(config.config.servers, config.origin, unopened),
+        Servers(config, unopened),
         labels or ("value",),
         config.origin,
     )

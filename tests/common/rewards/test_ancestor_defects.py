@@ -109,7 +109,7 @@ def test_5_what_is_not_there_is_an_error_and_never_a_number(tmp_path: Path) -> N
 
 def recipe(folder: Path, *labels: str, **rewards: object) -> Recipe:
     loaded = load_config([write_run(folder, folder, rewards=rewards)])
-    return Recipe(loaded.config.rewards, Servers({}, loaded.origin, unopened, cached=False), labels, loaded.origin)
+    return Recipe(loaded.config.rewards, Servers(loaded, unopened), labels, loaded.origin)
 
 
 def test_6_a_sample_goes_to_the_verifiers_of_its_label_alone(tmp_path: Path) -> None:

@@ -1,0 +1,50 @@
+"""What a record's scores depend on -> the key under which they are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from common.config import LoadedConfig
+from common.rewards.judges.judge import Judge
+from common.rewards.recipe import Recipe
+from common.scoring.entries import Entry
+from common.scoring.expected import verifiers_of
+from common.scoring.scores_file import Name
+
+_LENGTH = 16
+
+
+class Naming:
+    """Names entries under a config and its recipe."""
+
+    def __init__(self, loaded: LoadedConfig, recipe: Recipe) -> None:
+        self._loaded, self._recipe = loaded, recipe
+        self._rules = {label: self._rule(label) for label in recipe.terms}
+
+    def name(self, entry: Entry) -> Name:
+        """The name of an entry's line."""
+        prompt, response = entry.sample
+        token_ids = None if response.token_ids is None else response.token_ids.tolist()
+        said = [response.text, response.reasoning_text, response.answer_text, token_ids]
+        asked = [prompt.messages, prompt.reference, prompt.images]
+        return Name(_digest([self._rules[prompt.label], prompt.label, asked, said]), entry.id)
+
+    def _rule(self, label: str) -> str:
+        """Terms and gates of a label, and all that its verifiers are."""
+        verifiers = {name: self._verifier(name) for name in verifiers_of(self._loaded.config.rewards, label)}
+        return _digest([self._recipe.terms[label], self._recipe.gates[label], verifiers])
+
+    def _verifier(self, name: str) -> list[Any]:
+        config, verifier = self._loaded.config, self._recipe.verifiers[name]
+        parts: list[Any] = [config.rewards.verifiers[name].model_dump()]
+        if isinstance(verifier, Judge):
+            parts += [verifier.section.model_dump(), verifier.model.identity]
+            if config.servers[verifier.section.server].engine == "in_process":
+                parts += [config.backend.name, config.backend.dtype]
+        return parts
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:_LENGTH]
