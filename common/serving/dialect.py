@@ -33,6 +33,11 @@ class Dialect(Protocol):
         """The route that says what is served."""
         ...
 
+    @property
+    def API(self) -> str:
+        """The route that describes all others."""
+        ...
+
     def identity(self, reply: Any) -> tuple[str, str]:
         """From the reply to a GET of MODELS: the model's served name; the folder, name or version of its weights."""
         ...
@@ -41,8 +46,10 @@ class Dialect(Protocol):
         """A greedy continuation; read as its text."""
         ...
 
-    def label_logprobs(self, name: str, question: Rendered, label_ids: Sequence[int]) -> Call:
-        """The logprobs of given tokens as the next one, over the whole vocabulary; read as float32 [L]."""
+    def label_logprobs(self, name: str, question: Rendered, label_ids: Sequence[int], api: Any) -> list[Call]:
+        """The logprobs of given tokens as the next one, over the whole vocabulary; read one after the other they are
+        float32 [L]. api: the reply to a GET of API, which says what this version of the server can be asked.
+        """
         ...
 
     def head(self, name: str, question: Rendered) -> Call:

@@ -29,9 +29,9 @@ class ServerError(RuntimeError):
 class ServedModel:
     """A JudgeModel at the `urls` of a server section.
 
-    Opening it asks each replica what it serves; raises ServerError when one does not answer or serves another model
-    than the config names. Each batch of questions begins with asking again, so that a model which is exchanged during a
-    run ends the run instead of changing its scores.
+    Opening it asks each replica what it serves and what it can be asked; raises ServerError when none answers or one
+    serves another model than the config names. Each batch of questions ends with asking again, so that a model which is
+    exchanged during a run ends the run instead of changing its scores.
     """
 
     def __init__(self, name: str, section: ServerSection) -> None:
@@ -41,7 +41,7 @@ class ServedModel:
         self._served = section.served_name or section.model
         self._replicas = Replicas(name, section)
         try:
-            self._weights = self._open()
+            self._weights, self._api = self._open(), self._described()
         except ServerError:
             self._replicas.close()
             raise
@@ -59,9 +59,11 @@ class ServedModel:
     def label_logprobs(self, questions: Sequence[Question], labels: Sequence[str]) -> list[Answer[np.ndarray]]:
         """See JudgeModel."""
         label_ids = self._render.chat.first_tokens(labels)
-        return self._ask(
-            [self._dialect.label_logprobs(self._served, self._render(asked), label_ids) for asked in questions]
-        )
+        calls = [
+            self._dialect.label_logprobs(self._served, self._render(asked), label_ids, self._api) for asked in questions
+        ]
+        parts = iter(self._ask([call for those in calls for call in those]))
+        return [_joined([next(parts) for _ in those]) for those in calls]
 
     def head(self, questions: Sequence[Question]) -> list[Answer[np.ndarray]]:
         """See JudgeModel."""
@@ -95,6 +97,11 @@ class ServedModel:
             )
         return weights.pop()
 
+    def _described(self) -> Any:
+        """What the servers can be asked, as the first one that answers says: replicas are of one version."""
+        found = self._replicas.ask_each(self._dialect.API, self._section.deadline_s).values()
+        return next((api for api in found if not isinstance(api, CallFailed)), None)
+
     def _refuse_exchange(self) -> None:
         for url, weights in self._serving(min(_CHECK_S, self._section.deadline_s)).items():
             if not isinstance(weights, CallFailed) and weights != self._weights:
@@ -127,3 +134,11 @@ class ServedModel:
                 f"server {self._name} at {url} does not say what it serves, as {self._section.engine} would. Correct "
                 f"servers.{self._name}.urls or servers.{self._name}.engine."
             ) from None
+
+
+def _joined(parts: list[Answer[np.ndarray]]) -> Answer[np.ndarray]:
+    """The answers to one question's calls as one; missing when any is."""
+    lost = next((part.value for part in parts if isinstance(part.value, Missing)), None)
+    values = [part.value for part in parts if not isinstance(part.value, Missing)]
+    slowest = max(parts, key=lambda part: part.asked.latency_s).asked
+    return Answer(np.concatenate(values) if lost is None else lost, slowest)

@@ -10,7 +10,11 @@ import numpy as np
 from common.serving.dialect import Rendered, Seen
 from common.serving.http import Call
 
-MODELS = "/get_model_info"
+MODELS, API = "/get_model_info", "/openapi.json"
+
+
+# What is not said here, a server may take from the model's own generation_config.json.
+_GREEDY = {"temperature": 0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 def identity(reply: Any) -> tuple[str, str]:
@@ -23,7 +27,7 @@ def generate(name: str, question: Rendered, max_tokens: int) -> Call:
     return Call("/generate", _asked(question, max_tokens), _text)
 
 
-def label_logprobs(name: str, question: Rendered, label_ids: Sequence[int]) -> Call:
+def label_logprobs(name: str, question: Rendered, label_ids: Sequence[int], api: Any) -> list[Call]:
     """See Dialect."""
     payload = _asked(question, 1) | {"return_logprob": True, "token_ids_logprob": list(label_ids)}
 
@@ -31,7 +35,7 @@ def label_logprobs(name: str, question: Rendered, label_ids: Sequence[int]) -> C
         found = {token: logprob for logprob, token, _ in reply["meta_info"]["output_token_ids_logprobs"][0]}
         return np.array([found[token] for token in label_ids], np.float32)
 
-    return Call("/generate", payload, read)
+    return [Call("/generate", payload, read)]
 
 
 def head(name: str, question: Rendered) -> Call:
@@ -40,7 +44,7 @@ def head(name: str, question: Rendered) -> Call:
 
 
 def _asked(question: Rendered, max_tokens: int) -> dict[str, Any]:
-    return {**_prompt(question), "sampling_params": {"temperature": 0, "max_new_tokens": max_tokens}}
+    return {**_prompt(question), "sampling_params": {"max_new_tokens": max_tokens, **_GREEDY}}
 
 
 def _prompt(question: Rendered) -> dict[str, Any]:

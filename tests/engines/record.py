@@ -26,8 +26,6 @@ from common.serving.rendering import Renderer
 from common.serving.served import DIALECTS
 from tests.engines.questions import LABELS, MAX_TOKENS, QUESTIONS
 
-VERSION_ROUTES = {"vllm": "/version", "sglang": "/server_info"}
-
 
 def ask(url: str, path: str, payload: dict[str, Any] | None) -> Any:
     """GET without a payload, else POST it; the reply's JSON."""
@@ -37,7 +35,7 @@ def ask(url: str, path: str, payload: dict[str, Any] | None) -> Any:
         return json.load(reply)
 
 
-def calls(dialect: Dialect, name: str, render: Renderer, head: bool) -> Iterator[tuple[str, int, Call]]:
+def calls(dialect: Dialect, name: str, render: Renderer, head: bool, api: Any) -> Iterator[tuple[str, int, Call]]:
     """Each kind of call for each question, with the question's number."""
     label_ids = render.chat.first_tokens(LABELS)
     for number, question in enumerate(QUESTIONS):
@@ -46,7 +44,8 @@ def calls(dialect: Dialect, name: str, render: Renderer, head: bool) -> Iterator
             yield "head", number, dialect.head(name, rendered)
         else:
             yield "generate", number, dialect.generate(name, rendered, MAX_TOKENS)
-            yield "label_logprobs", number, dialect.label_logprobs(name, rendered, label_ids)
+            for call in dialect.label_logprobs(name, rendered, label_ids, api):
+                yield "label_logprobs", number, call
 
 
 def main() -> None:
@@ -58,18 +57,20 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--head", action="store_true")
+    parser.add_argument("--version", required=True, help="of the server")
     parser.add_argument("--dtype", required=True, help="what the server computes in")
     parser.add_argument("--command", required=True, help="how the server was started, for the record")
     words = parser.parse_args()
     dialect = DIALECTS[words.engine]
+    api = ask(words.url, dialect.API, None)
     recorded = [
         {"kind": kind, "question": number, "path": call.path, "payload": call.payload, "reply": reply}
-        for kind, number, call in calls(dialect, words.name, Renderer(words.model), words.head)
+        for kind, number, call in calls(dialect, words.name, Renderer(words.model), words.head, api)
         if (reply := ask(words.url, call.path, call.payload))
     ]
     record = {
         "engine": words.engine,
-        "version": ask(words.url, VERSION_ROUTES[words.engine], None)["version"],
+        "version": words.version,
         "dtype": words.dtype,
         "date": datetime.date.today().isoformat(),
         "server": words.command,

@@ -45,13 +45,18 @@ def stand_in(handler: Handler, port: int = 0) -> Iterator[str]:
 class Vllm:
     """Speaks vLLM's dialect: says `name` from `root`, answers with `text`, and keeps what it was asked."""
 
-    def __init__(self, name: str = "judge", root: str = "/models/judge", text: str = "good") -> None:
-        self.name, self.root, self.text = name, root, text
+    def __init__(
+        self, name: str = "judge", root: str = "/models/judge", text: str = "good", newest: bool = True
+    ) -> None:
+        self.name, self.root, self.text, self.newest = name, root, text, newest
         self.asked: list[tuple[str, dict[str, Any]]] = []
 
     async def __call__(self, request: web.Request) -> web.Response:
         if request.path == "/v1/models":
             return web.json_response({"data": [{"id": self.name, "root": self.root}]})
+        if request.path == "/openapi.json":
+            properties = {"logprob_token_ids": {}} if self.newest else {}
+            return web.json_response({"components": {"schemas": {"CompletionRequest": {"properties": properties}}}})
         payload = await request.json()
         self.asked.append((request.path, payload))
         if "logprob_token_ids" in payload:
@@ -60,5 +65,6 @@ class Vllm:
             logprobs = {"top_logprobs": [found], "content": [{"top_logprobs": listed}]}
         else:
             logprobs = None
-        choice = {"text": self.text, "message": {"content": self.text}, "logprobs": logprobs}
+        listed = [None, *({str(token): {"logprob": -float(token)}} for token in payload.get("prompt", [])[1:])]
+        choice = {"prompt_logprobs": listed, "text": self.text, "message": {"content": self.text}, "logprobs": logprobs}
         return web.json_response({"choices": [choice], "data": [{"probs": [0.5, -2.0]}]})

@@ -21,6 +21,7 @@ from common.serving.in_process import InProcessModel
 from common.serving.rendering import Renderer
 from common.serving.served import DIALECTS
 from tests.engines.questions import LABELS, MAX_TOKENS, QUESTIONS
+from tests.engines.record import calls
 from tests.training import ROOT
 
 REPLIES = sorted((Path(__file__).parent / "replies").glob("*.json"))
@@ -46,13 +47,13 @@ def recorded(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def call_again(record: dict[str, Any], kind: str, number: int, render: Renderer) -> Call:
-    dialect, question = DIALECTS[record["engine"]], render(QUESTIONS[number])
-    if kind == "generate":
-        return dialect.generate(record["name"], question, MAX_TOKENS)
-    if kind == "label_logprobs":
-        return dialect.label_logprobs(record["name"], question, render.chat.first_tokens(LABELS))
-    return dialect.head(record["name"], question)
+def calls_again(record: dict[str, Any], render: Renderer) -> list[tuple[str, int, Call]]:
+    """What is asked today where the record was made: kind, question and call, in the same order."""
+    head = record["calls"][0]["kind"] == "head"
+    older = any("prompt_logprobs" in call["payload"] for call in record["calls"])
+    properties = {} if older else {"logprob_token_ids": {}}
+    api = {"components": {"schemas": {"CompletionRequest": {"properties": properties}}}}
+    return list(calls(DIALECTS[record["engine"]], record["name"], render, head, api))
 
 
 def test_both_dialects_are_recorded() -> None:
@@ -63,9 +64,10 @@ def test_both_dialects_are_recorded() -> None:
 @pytest.mark.parametrize("file", REPLIES, ids=lambda file: file.stem)
 def test_the_same_is_still_asked(file: Path, render: Renderer) -> None:
     record = recorded(file)
-    for entry in record["calls"]:
-        call = call_again(record, entry["kind"], entry["question"], render)
-        assert (call.path, call.payload) == (entry["path"], entry["payload"])
+    for entry, (kind, number, call) in zip(record["calls"], calls_again(record, render), strict=True):
+        assert (kind, number, call.path, call.payload) == tuple(
+            entry[k] for k in ("kind", "question", "path", "payload")
+        )
 
 
 @pytest.mark.parametrize("file", [file for file in REPLIES if "head" not in file.stem], ids=lambda file: file.stem)
@@ -73,15 +75,19 @@ def test_replies_are_read_as_what_the_model_computes(file: Path, render: Rendere
     record = recorded(file)
     expected = in_process.label_logprobs(QUESTIONS, LABELS)
     texts = in_process.generate(QUESTIONS, MAX_TOKENS)
-    for entry in record["calls"]:
-        found = call_again(record, entry["kind"], entry["question"], render).read(entry["reply"])
-        if entry["kind"] == "label_logprobs":
-            assert found.dtype == np.float32
-            np.testing.assert_allclose(found, expected[entry["question"]].value, atol=TOLERANCE[record["dtype"]])
+    labels: dict[int, list[np.ndarray]] = {}
+    for entry, (kind, number, call) in zip(record["calls"], calls_again(record, render), strict=True):
+        found = call.read(entry["reply"])
+        if kind == "label_logprobs":
+            labels.setdefault(number, []).append(found)
         elif record["dtype"] == "float32":
-            assert found == texts[entry["question"]].value
+            assert found == texts[number].value
         else:
             assert isinstance(found, str) and found
+    for number, parts in labels.items():
+        assert {part.dtype for part in parts} == {np.dtype(np.float32)}
+        tolerance = TOLERANCE[record["dtype"]]
+        np.testing.assert_allclose(np.concatenate(parts), expected[number].value, atol=tolerance)
 
 
 @pytest.mark.parametrize("file", REPLIES, ids=lambda file: file.stem)

@@ -47,6 +47,27 @@ def test_questions_travel_as_the_tokens_of_the_models_own_template(tmp_path: Pat
     assert vllm.asked[2] == ("/classify", vllm.asked[2][1] | {"use_activation": False})
 
 
+def test_an_older_server_is_asked_for_each_label_behind_the_prompt(tmp_path: Path) -> None:
+    newer, older = Vllm(), Vllm(newest=False)
+    answers = []
+    for vllm in (newer, older):
+        with stand_in(vllm) as url, served(tmp_path, url) as model:
+            answers += model.label_logprobs([QUESTION, Question(None, ("And this?",))], ["good", "bad"])
+    assert (len(newer.asked), len(older.asked)) == (2, 4)
+    for one, other in zip(answers[:2], answers[2:], strict=True):
+        np.testing.assert_array_equal(np.asarray(one.value), np.asarray(other.value))
+    first, second = (payload["prompt"] for _, payload in older.asked[:2])
+    assert first[:-1] == second[:-1] == newer.asked[0][1]["prompt"]
+
+
+def test_greedy_is_said_in_full(tmp_path: Path) -> None:
+    vllm = Vllm()
+    with stand_in(vllm) as url, served(tmp_path, url) as model:
+        model.generate([QUESTION], 4)
+    # What is left out, a server takes from the model's generation_config.json: Qwen2.5 has a repetition penalty there.
+    assert vllm.asked[0][1].items() >= {"temperature": 0, "repetition_penalty": 1.0}.items()
+
+
 def test_answers_name_weights_revision_and_template(tmp_path: Path) -> None:
     with stand_in(Vllm()) as url, served(tmp_path, url, revision="abc") as model:
         (answer,) = model.generate([QUESTION], 4)
