@@ -134,4 +134,5 @@ def test_a_line_with_another_field_is_no_marker() -> None:
         "read_out": {"type": "scalar"},
     }
     start = base(Case(**GOOD), JudgeSection.model_validate(table))
-    assert (start.opening, start.closing) == ("", "")
+    assert start.marks == ("", "")
+    assert start.reference_marks == ("R:", "")
