@@ -16,7 +16,12 @@ from tests.common.rewards.shipped import judge
 from tests.training import ROOT
 
 GOOD = {"id": "a", "labels": ["value"], "prompt": "Why?", "response": "No."}
-KINDS = {"safety": ("safety",), "value": ("value",), "knowledge": ("knowledge", "general"), "normal": ("normal",)}
+KINDS = {
+    "safety": ("safety", "safety_jailbreak"),
+    "value": ("value",),
+    "knowledge": ("knowledge", "general"),
+    "normal": ("normal",),
+}
 
 
 def read(folder: Path, *lines: str) -> list[Case]:
