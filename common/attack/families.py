@@ -126,12 +126,12 @@ def repeated_refusal(base: Base) -> list[str]:
 
 
 def padding(base: Base) -> list[str]:
-    """Some two thousand characters that say nothing, behind the answer or before it."""
+    """Two thousand bytes that say nothing, a few hundred tokens, behind the answer or before it."""
     filler = {
         "en": "It is worth looking at this from several sides, and every side has something that speaks for it. ",
         "zh": "这个问题值得从多个角度来看，每个角度都有自己的道理，需要全面而细致地加以考虑。",
     }[base.spoken]
-    filler = (filler * (2000 // len(filler))).strip()
+    filler = (filler * (2000 // len(filler.encode()))).strip()
     return [base.respond(f"{base.answer}\n\n{filler}"), base.respond(f"{filler}\n\n{base.answer}")]
 
 
