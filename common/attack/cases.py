@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from common.attack.families import Base
+from common.attack.families import Base, Marks
 from common.config.judging import FIELD, JudgeSection, Language, ReadOutSection
 from common.config.run import RewardsSection
 from common.config.section import ConfigError, Section
@@ -104,7 +104,6 @@ def suitable(cases: Sequence[Case], judge: JudgeSection, labels: Sequence[str]) 
 def base(case: Case, judge: JudgeSection) -> Base:
     """The case as the families begin with it, for one judge."""
     spoken = language(case.sample(case.response).prompt)
-    opening, closing = _around(judge, spoken)
     asked = case.sample(case.response).rollout
     reasoning, answer = asked.reasoning_text, asked.answer_text
     return Base(
@@ -112,8 +111,8 @@ def base(case: Case, judge: JudgeSection) -> Base:
         answer=answer.strip(),
         verdict=best_verdict(judge.read_out, spoken),
         spoken=spoken,
-        opening=opening,
-        closing=closing,
+        marks=_marks(judge, spoken, "{response}"),
+        reference_marks=_marks(judge, spoken, "{reference}"),
         reference=None if case.reference is None else str(case.reference),
     )
 
@@ -125,9 +124,11 @@ def best_verdict(section: ReadOutSection, spoken: Language) -> str:
     return f"{max(section.grades):g}" if section.grades else _PRAISE[spoken]
 
 
-def _around(judge: JudgeSection, spoken: Language) -> tuple[str, str]:
-    """The lines of the judge's prompt right before and behind the response; empty where a line holds another field."""
+def _marks(judge: JudgeSection, spoken: Language, field: str) -> Marks:
     prompt = judge.prompts.get(spoken) or judge.prompts["en"]
-    before, _, behind = prompt.user.partition("{response}")
+    before, found, behind = prompt.user.partition(field)
+    if not found:
+        return Marks("", "")
     opening, closing = before.rstrip().rpartition("\n")[2], behind.strip().partition("\n")[0]
-    return "" if FIELD.search(opening) else opening, "" if FIELD.search(closing) else closing
+    # A line that holds another field reads otherwise once that is filled.
+    return Marks("" if FIELD.search(opening) else opening, "" if FIELD.search(closing) else closing)

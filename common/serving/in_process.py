@@ -21,6 +21,9 @@ from common.types import Asked
 
 OpenJudge = Callable[[Path], LocalJudge]
 
+# One model at a time: while transformers builds one, it changes what every thread's new tensors are.
+_OPENING = threading.Lock()
+
 
 def unopened(folder: Path) -> LocalJudge:
     """For commands that check judges and ask them nothing, and so need no engine."""
@@ -84,7 +87,8 @@ class InProcessModel:
         with self._lock:
             started_at = time.monotonic()
             if self._opened is None:
-                self._opened = self._open_judge(self._folder)
+                with _OPENING:
+                    self._opened = self._open_judge(self._folder)
             found = self._in_rows(self._opened, prompts, ask)
             if self._section.rests_in == "host":
                 self._opened.rest()

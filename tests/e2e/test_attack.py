@@ -43,7 +43,7 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     "server": "head",
                     "prompts": PROMPT,
                     "read_out": {**labels, "type": "classes"},
-                    "think_aware": True,
+                    "think_aware": "on",
                 },
             },
             "recipe": {name: {name: 1.0} for name in ("value", "knowledge", "safety")},

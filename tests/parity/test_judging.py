@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from common.config import ConfigError, LoadedConfig, load_config
 from common.config.judging import ServerSection
 from common.serving.in_process import InProcessModel, OpenJudge
-from common.serving.model import Image, Question
+from common.serving.model import Image, LocalJudge, Question
 from common.types import Missing
 from safework_jax.main import open_judge as open_jax
 from safework_torch.main import open_judge as open_torch
@@ -93,6 +95,26 @@ def test_answers_say_which_weights_gave_them(tmp_path: Path, open_judge: OpenJud
     assert answer.asked.model == models[0].identity
     assert not answer.asked.cached
     assert models[0].generate([], 4) == []
+
+
+def test_models_are_opened_one_at_a_time(tmp_path: Path, open_judge: OpenJudge) -> None:
+    """The judges of a step first ask theirs at the same time, each in a thread of its own."""
+    opening, at_once = 0, []
+
+    def open_slowly(folder: Path) -> LocalJudge:
+        nonlocal opening
+        opening += 1
+        at_once.append(opening)
+        time.sleep(0.1)
+        opened = open_judge(folder)
+        opening -= 1
+        return opened
+
+    models = [judge(make_model(tmp_path / str(seed), num_hidden_layers=1, seed=seed), open_slowly) for seed in range(3)]
+    with ThreadPool(len(models)) as pool:
+        found = pool.map(lambda model: model.label_logprobs(QUESTIONS[:1], ["good", "bad"])[0].value, models, 1)
+    assert at_once == [1, 1, 1]
+    assert len({np.asarray(values).tobytes() for values in found}) == len(models)
 
 
 def test_what_a_model_cannot_answer_is_refused(tmp_path: Path, open_judge: OpenJudge) -> None:

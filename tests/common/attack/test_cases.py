@@ -16,7 +16,12 @@ from tests.common.rewards.shipped import judge
 from tests.training import ROOT
 
 GOOD = {"id": "a", "labels": ["value"], "prompt": "Why?", "response": "No."}
-KINDS = {"safety": ("safety",), "value": ("value",), "knowledge": ("knowledge", "general"), "normal": ("normal",)}
+KINDS = {
+    "safety": ("safety", "safety_jailbreak"),
+    "value": ("value",),
+    "knowledge": ("knowledge", "general"),
+    "normal": ("normal",),
+}
 
 
 def read(folder: Path, *lines: str) -> list[Case]:
@@ -134,4 +139,5 @@ def test_a_line_with_another_field_is_no_marker() -> None:
         "read_out": {"type": "scalar"},
     }
     start = base(Case(**GOOD), JudgeSection.model_validate(table))
-    assert (start.opening, start.closing) == ("", "")
+    assert start.marks == ("", "")
+    assert start.reference_marks == ("R:", "")

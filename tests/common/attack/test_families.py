@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from common.attack.cases import base
-from common.attack.families import FAMILIES, Base
+from common.attack.families import FAMILIES, Base, Marks
 from common.config.judging import Language
 from common.rewards.judges.question import build_question
 from common.serving.rendering import Renderer
@@ -21,8 +21,12 @@ from tests.chat_models import make_chat_folder
 from tests.common.attack.shipped_cases import CASES
 from tests.common.rewards.shipped import judge
 
-ENGLISH = Base(None, "It is bad.", "Helpful", "en", "[Answer begins]", "[Answer ends]", "four")
-CHINESE = Base(None, "这个回答不好。", "Helpful", "zh", "[回答开始]", "[回答结束]", "四")
+ENGLISH = Base(
+    None, "It is bad.", "Helpful", "en", Marks("[Answer begins]", "[Answer ends]"), Marks("[Ref]", "[/Ref]"), "four"
+)
+CHINESE = Base(
+    None, "这个回答不好。", "Helpful", "zh", Marks("[回答开始]", "[回答结束]"), Marks("[参考]", "[完]"), "四"
+)
 BASES = {"en": ENGLISH, "zh": CHINESE}
 FRAMES = ("<|im_start|>assistant\n", "<|end_header_id|>\n\n", "</think>\n", "<|im_start|>assistant\n")
 
@@ -60,22 +64,30 @@ SAYS: dict[str, tuple[int, Holds]] = {
             and all(b.verdict in text for text in f)
         ),
     ),
-    "empty_and_one_word": (5, lambda b, f: max(len(text) for text in f) <= 5 and not f[0].strip()),
+    "empty_and_one_word": (5, lambda b, f: max(len(text) for text in f) <= 5 and not f[0]),
     "flattery": (2, lambda b, f: both_ends(b, f) and all(b.verdict not in text for text in f)),
     "instruction": (3, lambda b, f: both_ends(b, f) and all(b.verdict in text for text in f)),
     "repeated_refusal": (2, lambda b, f: b.answer not in f[0] and f[1].endswith(b.answer)),
-    "padding": (2, lambda b, f: both_ends(b, f) and min(len(text) for text in f) > 1900),
+    "padding": (2, lambda b, f: both_ends(b, f) and all(1900 < len(text.encode()) < 2100 for text in f)),
     "encoded_text": (3, lambda b, f: base64.b64decode(f[0]).decode() == b.answer and f[-1] == " ".join(b.answer)),
     "fiction": (2, lambda b, f: all(f"“{b.answer}”" in text for text in f)),
     "format_mimicry": (
         4,
         lambda b, f: (
-            all(text.startswith(f"{b.answer}\n{b.closing}\n") and b.verdict in text for text in f)
-            and f[1].endswith(b.opening)
+            all(text.startswith(f"{b.answer}\n{b.marks.closing}\n") and b.verdict in text for text in f)
+            and f[1].endswith(b.marks.opening)
             and json.loads(f[2].split("```json")[1].strip("`\n"))["verdict"] == b.verdict
         ),
     ),
-    "fake_reference": (2, lambda b, f: all(text.count(b.answer) == 2 for text in f)),
+    "fake_reference": (
+        2,
+        lambda b, f: (
+            all(text.startswith(b.answer) and text.count(b.answer) == 2 for text in f)
+            and f[1].endswith(
+                f"{b.marks.closing}\n\n{b.reference_marks.opening}\n{b.answer}\n{b.reference_marks.closing}"
+            )
+        ),
+    ),
     "several_answers": (2, lambda b, f: all(b.answer in text and str(b.reference) in text for text in f)),
 }
 
@@ -163,6 +175,8 @@ def test_the_frames_spell_control_tokens_of_their_models(renderers: dict[str, Re
 def test_a_real_judges_lines_are_closed() -> None:
     section = judge("safety")
     english, chinese = (base(case, section) for case in (CASES[0], next(c for c in CASES if spoken(c.prompt) == "zh")))
-    assert (english.opening, english.closing) == ("[Answer begins]", "[Answer ends]")
-    assert (chinese.opening, chinese.closing) == ("[回答开始]", "[回答结束]")
+    assert english.marks == ("[Answer begins]", "[Answer ends]")
+    assert chinese.marks == ("[回答开始]", "[回答结束]")
+    comparing = next(case for case in CASES if case.reference is not None)
+    assert base(comparing, judge("general")).reference_marks == ("[Reference begins]", "[Reference ends]")
     assert english.verdict == chinese.verdict == "Safe with warning"

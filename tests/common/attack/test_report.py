@@ -250,7 +250,7 @@ def test_a_file_that_is_no_report_is_refused(folder: Path, text: str) -> None:
         "rewards.judges.value.prompts.en.user={response} Fine?",
         "rewards.judges.value.prompts.en.system=Judge.",
         "rewards.judges.value.read_out.verdicts.good=2.0",
-        "rewards.judges.value.think_aware=true",
+        "rewards.judges.value.think_aware=on",
     ],
 )
 def test_a_judge_that_changed_is_refused(folder: Path, word: str) -> None:
