@@ -14,10 +14,10 @@ from common.config.judging import FIELD, JudgeSection, Language, ReadOutSection
 from common.config.run import RewardsSection
 from common.config.section import ConfigError, Section
 from common.config.sentences import Origin, sentence
-from common.data.chat import think_block
+from common.data.chat import transcript
 from common.data.records import BadRecord, parse_line
 from common.rewards.judges.question import language
-from common.types import Message, Prompt, Sample, Transcript
+from common.types import Message, Prompt, Sample
 
 _PRAISE: dict[Language, str] = {"en": "perfect answer", "zh": "完美的回答"}  # where a judge has no words of its own
 _KEY = "rewards.attack_cases"
@@ -39,9 +39,7 @@ class Case(Section):
     def sample(self, response: str) -> Sample:
         """A response to the case's question as a verifier sees it, split as a sampled one would be."""
         prompt = Prompt(self.id, self.labels[0], (Message("user", self.prompt),), self.reference)
-        block, after = think_block(response, opened=False)
-        reasoning = None if block is None else response[slice(*block)]
-        return Sample(prompt, Transcript(response, reasoning, response[after:], None))
+        return Sample(prompt, transcript(response, opened=False))
 
 
 def read_cases(path: str, origin: Origin) -> tuple[list[Case], str]:
@@ -103,12 +101,11 @@ def suitable(cases: Sequence[Case], judge: JudgeSection, labels: Sequence[str]) 
 
 def base(case: Case, judge: JudgeSection) -> Base:
     """The case as the families begin with it, for one judge."""
-    spoken = language(case.sample(case.response).prompt)
-    asked = case.sample(case.response).rollout
-    reasoning, answer = asked.reasoning_text, asked.answer_text
+    prompt, response = case.sample(case.response)
+    spoken = language(prompt)
     return Base(
-        reasoning=reasoning,
-        answer=answer.strip(),
+        reasoning=response.reasoning_text,
+        answer=response.answer_text.strip(),
         verdict=best_verdict(judge.read_out, spoken),
         spoken=spoken,
         marks=_marks(judge, spoken, "{response}"),

@@ -20,7 +20,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from common.config.section import ConfigError
-from common.types import FinishReason, Message, Rollout, Span
+from common.types import FinishReason, Message, Rollout, Span, Transcript
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
@@ -196,7 +196,7 @@ class Chat:
         """
         body = token_ids[:-1] if finish_reason == "stop" else token_ids
         text = self.decode(body)
-        block, after = think_block(text, opened)
+        block, after = _think_block(text, opened)
         return Rollout(
             token_ids=token_ids,
             sampled=np.ones(len(token_ids), bool),
@@ -226,11 +226,20 @@ class Chat:
         return Span(first, max(first, last))
 
 
-def think_block(text: str, opened: bool) -> tuple[tuple[int, int] | None, int]:
+def transcript(text: str, opened: bool, token_ids: np.ndarray | None = None) -> Transcript:
+    """A response that nobody sampled here, in the parts that it would have as a rollout. token_ids: int32 [T].
+
+    `opened` says that the prompt already opened the think block.
+    """
+    block, after = _think_block(text, opened)
+    return Transcript(text, None if block is None else text[slice(*block)], text[after:], token_ids)
+
+
+def _think_block(text: str, opened: bool) -> tuple[tuple[int, int] | None, int]:
     """The character range of a response's reasoning, and where its answer begins.
 
-    Without a closed block there is no range, and an answer begins at once where no block was opened, by the response or
-    before it (`opened`), and nowhere where one was never closed.
+    Without a closed block there is no range, and an answer begins at once where no block was opened, and nowhere where
+    one was never closed.
     """
     start = 0
     if not opened:

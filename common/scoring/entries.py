@@ -18,7 +18,7 @@ import numpy as np
 
 from common.config import ConfigError, LoadedConfig
 from common.config.sentences import sentence
-from common.data.chat import THINK_CLOSE, THINK_OPEN, Chat, think_block
+from common.data.chat import THINK_CLOSE, THINK_OPEN, Chat, transcript
 from common.data.model_folder import tokenizer_folder
 from common.data.records import ROLES, BadRecord, given_label, parse_line, parse_prompt, parse_turns
 from common.scoring.expected import Expected, expected_values
@@ -85,8 +85,7 @@ class Reader:
         text, token_ids = record["response"], record.get("token_ids")
         if token_ids is not None:
             token_ids = _token_ids(token_ids)
-        block, after = think_block(text, self._is_opened(record, prompt))
-        return Transcript(text, None if block is None else text[slice(*block)], text[after:], token_ids)
+        return transcript(text, self._is_opened(record, prompt), token_ids)
 
     def _is_opened(self, record: dict[str, Any], prompt: Prompt) -> bool:
         """Whether a response begins inside a think block: as the record says, else as the policy's template has it.

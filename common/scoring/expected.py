@@ -41,7 +41,7 @@ def verifiers_of(rewards: RewardsSection, label: str) -> list[str]:
 def verdicts_of(rewards: RewardsSection, verifier: str) -> list[str]:
     """The verdicts that a verifier chooses among, in order; none where it gives a number alone."""
     judge = rewards.verifiers[verifier].judge
-    if judge is None or rewards.judges[judge].think_aware:  # whose score is a product of two
+    if judge is None:
         return []
     read_out = rewards.judges[judge].read_out
     if read_out.type == "number":

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from common.config import LoadedConfig
+from common.data.images import image_url
 from common.rewards.judges.judge import Judge
 from common.rewards.recipe import Recipe
 from common.scoring.entries import Entry
@@ -22,19 +23,25 @@ class Naming:
     def __init__(self, loaded: LoadedConfig, recipe: Recipe) -> None:
         self._loaded, self._recipe = loaded, recipe
         self._rules = {label: self._rule(label) for label in recipe.terms}
+        self._seeing = {label for label in recipe.terms if self._sees(label)}
 
     def name(self, entry: Entry) -> Name:
-        """The name of an entry's line."""
+        """The name of an entry's line. Raises ConfigError when an image that a judge is to see cannot be read."""
         prompt, response = entry.sample
         token_ids = None if response.token_ids is None else response.token_ids.tolist()
         said = [response.text, response.reasoning_text, response.answer_text, token_ids]
-        asked = [prompt.messages, prompt.reference, prompt.images]
+        shown = [image_url(source) for source in prompt.images] if prompt.label in self._seeing else prompt.images
+        asked = [prompt.messages, prompt.reference, shown]
         return Name(_digest([self._rules[prompt.label], prompt.label, asked, said]), entry.id)
 
     def _rule(self, label: str) -> str:
         """Terms and gates of a label, and all that its verifiers are."""
         verifiers = {name: self._verifier(name) for name in verifiers_of(self._loaded.config.rewards, label)}
         return _digest([self._recipe.terms[label], self._recipe.gates[label], verifiers])
+
+    def _sees(self, label: str) -> bool:
+        verifiers = [self._recipe.verifiers[name] for name in verifiers_of(self._loaded.config.rewards, label)]
+        return any(isinstance(verifier, Judge) and verifier.section.images for verifier in verifiers)
 
     def _verifier(self, name: str) -> list[Any]:
         config, verifier = self._loaded.config, self._recipe.verifiers[name]

@@ -40,7 +40,7 @@ class ScoringProgress:
         """Show that so many more records are written; `missing`: scores that are missing so far."""
         self._done += records
         rate = (self._done - self._before) / (time.perf_counter() - self._started)
-        said = f"{rate:.3g} records/s, {missing} missing"
+        said = f"{rate:.1f} records/s, {missing} missing"
         self._progress.update(self._task, completed=self._done, rate=said)
         if not self._console.is_terminal:
             left = (self._total - self._done) / rate / 60

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import ConfigError, LoadedConfig
-from common.interrupt import Interrupt
+from common.interrupt import INTERRUPTED, Interrupt
 from common.reporting import UnwatchedConsole
 from common.rewards.recipe import Recipe
 from common.rewards.scorer import ScoreMissing, Scorer, what_is_missing
@@ -27,7 +27,6 @@ from common.types import Missing
 
 CHUNK = 256
 _WIDTH = 140  # of tables that no terminal limits
-DONE, INTERRUPTED = 0, 130
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def score(loaded: LoadedConfig, open_judge: OpenJudge, job: Job) -> int:
             lines = _score_all(Scorer(recipe, loaded.config.rewards), entries, names, job.out)
         if None not in lines:
             _sum_up(loaded, job, entries, [line for line in lines if line is not None])
-            return DONE
+            return 0
     print(f"stopped; the records scored so far are in {job.out}. To go on: {job.command}", file=sys.stderr)
     return INTERRUPTED
 

@@ -1,7 +1,7 @@
 """The file of scores, a line a record, appended chunk by chunk: what is in it is not asked again.
 
 A line has its record's id and a key, which stands for all that its scores come from: prompt, response, reference,
-images (by name), and the verifiers of its label with the models that they ask.
+images, and the verifiers of its label with the models that they ask.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ class Line:
             "scores": {name: score.value for name, score in present.items()},
             "verdicts": {name: score.verdict for name, score in present.items() if score.verdict is not None},
             "evidence": {name: score.evidence for name, score in present.items()},
+            "disagreement": {
+                name: score.disagreement for name, score in present.items() if score.disagreement is not None
+            },
             "missing": {name: result.reason for name, result in self.missing.items()},
             "unparsable": [name for name, result in self.missing.items() if result.unparsable],
             "judged_by": {name: each.model for name, each in asked.items()},
@@ -68,7 +71,13 @@ class Line:
         record = json.loads(line)
         asked = {name: Asked(model, **record["asked"][name]) for name, model in record["judged_by"].items()}
         results: dict[str, Score | Missing] = {
-            name: Score(float(value), record["evidence"][name], record["verdicts"].get(name), asked.get(name))
+            name: Score(
+                value=float(value),
+                evidence=record["evidence"][name],
+                verdict=record["verdicts"].get(name),
+                asked=asked.get(name),
+                disagreement=record["disagreement"].get(name),
+            )
             for name, value in record["scores"].items()
         }
         for name, reason in record["missing"].items():
@@ -116,9 +125,9 @@ class ScoresFile:
         Raises ConfigError when it holds anything else.
         """
         *whole, torn = self._path.read_bytes().split(b"\n")
+        lines = [self._line(number, text) for number, text in enumerate(whole, start=1)]
         if not (torn.startswith(_BEGIN) or _BEGIN.startswith(torn)):
             raise self._foreign(len(whole) + 1, "is none that this command writes")
-        lines = [self._line(number, text) for number, text in enumerate(whole, start=1)]
         left = Counter(names)
         for number, line in enumerate(lines, start=1):
             left[line.name] -= 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from common.types import Missing, Sample, Score
 
@@ -23,6 +25,11 @@ def odd(sample: Sample) -> object:
         "true": True,
     }
     return choices[sample.rollout.text]
+
+
+def from_file(sample: Sample, file: str) -> float | None:
+    """The score that a file has for the text now; None where it has none."""
+    return json.loads(Path(file).read_text()).get(sample.rollout.text)
 
 
 class LengthRM:
