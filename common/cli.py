@@ -19,11 +19,13 @@ from common.attack.trial import Options
 from common.config import ConfigError, LoadedConfig, load_config
 from common.config.checks import warnings
 from common.config.explain import explain
-from common.engine_main import USER_ERRORS, split_arguments
+from common.engine_main import INTERRUPTED, USER_ERRORS, split_arguments
 from common.experiment import load_data, open_chat, policy_folder, reference_folder
 from common.export import DTYPES, export_model
 from common.parity.ladder import certificate, compare, table
+from common.reporting import UnwatchedConsole
 from common.run_dir import RunDir, not_written
+from common.serving.fleet import serve
 from common.serving.in_process import unopened
 
 CONFIG_HELP = "run files (YAML) and key=value overrides; later ones win"
@@ -71,6 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("config", nargs="+", help=CONFIG_HELP)
     check.set_defaults(run=_check)
+
+    servers = verbs.add_parser("serve", help="start the servers that a config's judges ask, until Ctrl-C")
+    servers.add_argument("config", nargs="+", help=CONFIG_HELP)
+    servers.add_argument("--only", metavar="NAME", help="this one of servers.* alone")
+    servers.add_argument("--logs", type=Path, default=Path("servers"), help="folder of their output; default: servers/")
+    servers.set_defaults(run=_serve)
 
     export = verbs.add_parser("export", help="write a run's newest checkpoint as a Hugging Face folder")
     export.add_argument("run_dir", type=Path, help="the folder of a run")
@@ -163,6 +171,11 @@ def _counts(loaded: LoadedConfig) -> str:
     refuse_untried(loaded, data.recipe)
     labels = ", ".join(data.recipe.terms)
     return f"{data.train.epoch_size} prompts an epoch, {len(data.heldout)} held out, labels: {labels}; ready to train"
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    loaded = load_config(*split_arguments(arguments.config))
+    return 0 if serve(loaded, arguments.only, arguments.logs, UnwatchedConsole()) else INTERRUPTED
 
 
 def _export(arguments: argparse.Namespace) -> int:

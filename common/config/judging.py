@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from common.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section
+from common.config.section import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 FIELDS = ("query", "response", "reference")
 Language = Literal["en", "zh"]
@@ -93,6 +93,23 @@ class JudgeSection(Section):
         return prompts
 
 
+class LaunchSection(Section):
+    """How `safework serve` starts a server: one process for each of its urls on this machine, which give host and port.
+
+    python: the Python of the environment that holds the engine, such as `.venv-vllm/bin/python`. memory_fraction: of
+    each GPU's memory; null leaves the engine's own default. options: further words of the engine's command line, as
+    they are. environment: variables beside those of the shell, which the server inherits; they are kept with a run's
+    config, so secrets belong in the shell. ready_s: seconds until it must be healthy.
+    """
+
+    python: str
+    tensor_parallel: PositiveInt = 1
+    memory_fraction: Fraction | None = None
+    options: list[str] = Field(default_factory=list)
+    environment: dict[str, str] = Field(default_factory=dict)
+    ready_s: PositiveFloat = 1800.0
+
+
 class ServerSection(Section):
     """A model that judges ask, whatever it runs on. All judges that name a server share it.
 
@@ -102,7 +119,8 @@ class ServerSection(Section):
     which takes the place of the model's own head.
     Over HTTP: served_name is what the servers call it, if not `model`; revision is part of the model's name in records
     and in the cache of answers, to be changed when other weights come to stand behind one name or folder; concurrency:
-    questions in flight at each url; deadline_s: seconds for one question, with all its retries.
+    questions in flight at each url; deadline_s: seconds for one question, with all its retries; launch: null where
+    somebody else starts the servers.
     In process: rows are questions computed side by side; rests_in: where the weights are while nobody asks.
     """
 
@@ -115,6 +133,7 @@ class ServerSection(Section):
     concurrency: PositiveInt = 64
     deadline_s: PositiveFloat = 120.0
     retries: NonNegativeInt = 3
+    launch: LaunchSection | None = None
     rows: PositiveInt = 16
     rests_in: Literal["device", "host"] = "device"
 
@@ -122,6 +141,8 @@ class ServerSection(Section):
     def _has_place(self) -> ServerSection:
         if self.engine == "in_process" and self.urls:
             raise ValueError("a model in process has no urls. Leave them out, or set engine to vllm or sglang")
+        if self.engine == "in_process" and self.launch is not None:
+            raise ValueError("a model in process is opened by the trainer. Leave launch out")
         if self.engine != "in_process" and not self.urls:
             raise ValueError(f"an engine of {self.engine} is reached by HTTP. Give its urls, one for each replica")
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Mapping
+from types import NoneType
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -89,7 +90,13 @@ def _origin_around(key: str, origin: Origin) -> str:
 def _known_keys(model: Any, parts: list[str]) -> list[str]:
     for part in parts:
         if isinstance(model, type) and issubclass(model, BaseModel):
-            model = model.model_fields[part].annotation
+            model = _without_null(model.model_fields[part].annotation)
         else:  # list[Section] or dict[str, Section]: the part is an index or a name
             model = get_args(model)[-1]
     return sorted(model.model_fields)
+
+
+def _without_null(annotation: Any) -> Any:
+    """`Section` for `Section | None`; anything else as it is."""
+    parts = get_args(annotation)
+    return parts[0] if NoneType in parts else annotation

@@ -35,16 +35,27 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     Raises ConfigError, without the folder's name, for what is not JSON, another family, quantised weights, active
     dropout, and sizes, rotary embeddings or attention windows that the engines do not compute.
     """
-    try:
-        hf = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise ConfigError(f"its config.json is not JSON ({error}). Download the model again.") from None
-    if not isinstance(hf, dict):
-        raise ConfigError("its config.json holds no table. Download the model again.")
+    hf = read_any_model_config(folder)
     _check_family(hf)
     _check_sizes(hf)
     _check_rope(hf)
     layer_windows(hf)
+    return hf
+
+
+def read_any_model_config(folder: Path) -> dict[str, Any]:
+    """The parsed `config.json` of a model that runs elsewhere, whatever its family.
+
+    Raises ConfigError, without the folder's name, when there is none or it holds no table.
+    """
+    try:
+        hf = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise ConfigError("holds no config.json. Give a Hugging Face model folder.") from None
+    except ValueError as error:
+        raise ConfigError(f"its config.json is not JSON ({error}). Download the model again.") from None
+    if not isinstance(hf, dict):
+        raise ConfigError("its config.json holds no table. Download the model again.")
     return hf
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -53,6 +54,17 @@ def tokenizer_folder(path: str) -> Path:
     if not folder.is_dir():
         raise ConfigError(f"no such folder. Give a Hugging Face model folder, a hub name, or {EMBEDDED}smollm2.")
     return folder
+
+
+def engine_path(path: str, head: str | None) -> str:
+    """A judge's model as a server's engine is given it: as it is written, but for `~`, for the embedded models, which
+    only this program knows, and for a model with a head of the user's own, which is a folder made here.
+
+    Raises ConfigError, without the setting's name, when there is no such model.
+    """
+    if head is not None:
+        return str(judge_folder(path, head))
+    return str(tokenizer_folder(path)) if path.startswith(EMBEDDED) else os.path.expanduser(path)
 
 
 def _embedded(name: str) -> Path:

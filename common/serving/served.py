@@ -13,6 +13,7 @@ from common.data.model_folder import tokenizer_folder
 from common.serving import sglang, vllm
 from common.serving.dialect import Dialect
 from common.serving.http import Call, CallFailed, Replicas
+from common.serving.launch import served_name
 from common.serving.model import Answer, Question
 from common.serving.rendering import Renderer
 from common.types import Asked, Missing
@@ -24,6 +25,26 @@ DIALECTS: dict[str, Dialect] = {"vllm": vllm, "sglang": sglang}
 
 class ServerError(RuntimeError):
     """A server cannot be used: it does not answer, or serves another model. The message names it and what to do."""
+
+
+def served_weights(name: str, section: ServerSection, expected: str, url: str, reply: Any) -> str:
+    """What a server's reply to its dialect's MODELS says that it serves, for a person and for comparison.
+
+    Raises ServerError when that is another model than the one `expected`, or it does not say.
+    """
+    try:
+        served, weights = DIALECTS[section.engine].identity(reply)
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise ServerError(
+            f"server {name} at {url} does not say what it serves, as {section.engine} would. Correct "
+            f"servers.{name}.urls or servers.{name}.engine."
+        ) from None
+    if served != expected:
+        raise ServerError(
+            f"server {name} at {url} serves {served!r}, and servers.{name} names {expected!r}. "
+            "Set served_name to what it is called there, or start the right model."
+        )
+    return f"{served} from {weights}"
 
 
 class ServedModel:
@@ -38,7 +59,7 @@ class ServedModel:
         self._name, self._section = name, section
         self._dialect = DIALECTS[section.engine]
         self._render = Renderer(tokenizer_folder(section.model))
-        self._served = section.served_name or section.model
+        self._served = served_name(section)
         self._replicas = Replicas(name, section)
         try:
             self._weights, self._api = self._open(), self._described()
@@ -116,24 +137,9 @@ class ServedModel:
         for url, reply in self._replicas.ask_each(self._dialect.MODELS, limit_s).items():
             if isinstance(reply, CallFailed):
                 found[url] = reply
-                continue
-            served, weights = self._identity(url, reply)
-            if served != self._served:
-                raise ServerError(
-                    f"server {self._name} at {url} serves {served!r}, and servers.{self._name} names {self._served!r}. "
-                    "Set served_name to what it is called there, or start the right model."
-                )
-            found[url] = f"{served} from {weights}"
+            else:
+                found[url] = served_weights(self._name, self._section, self._served, url, reply)
         return found
-
-    def _identity(self, url: str, reply: Any) -> tuple[str, str]:
-        try:
-            return self._dialect.identity(reply)
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise ServerError(
-                f"server {self._name} at {url} does not say what it serves, as {self._section.engine} would. Correct "
-                f"servers.{self._name}.urls or servers.{self._name}.engine."
-            ) from None
 
 
 def _joined(parts: list[Answer[np.ndarray]]) -> Answer[np.ndarray]:
