@@ -80,6 +80,7 @@ def main() -> None:
         "calls": recorded,
     }
     written = json.dumps(record, indent=1, ensure_ascii=False).replace(str(words.model), "smollm2")
+    written = written.replace(f"{words.out.parent}/", "")
     words.out.write_text(written + "\n", encoding="utf-8")
     print(f"{words.out}: {len(recorded)} replies of {words.engine} {record['version']}")
 
