@@ -3,7 +3,7 @@ PYTHON ?= python3
 BACKEND ?= torch
 ARGS ?=
 
-.PHONY: quickstart test certify lint vllm-cpu vllm sglang
+.PHONY: quickstart test test-engines certify lint vllm-cpu vllm sglang
 
 # Train SmolLM2-135M by GRPO on two CPU cores: make quickstart [BACKEND=jax] [ARGS="key=value ..."]
 quickstart: .venv-$(BACKEND)/ready
@@ -13,6 +13,10 @@ quickstart: .venv-$(BACKEND)/ready
 # All tests, style, types and import contracts.
 test: lint
 	OMP_NUM_THREADS=1 .venv-dev/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# Judges against a real vLLM on CPU; some ten minutes, and the environment of vLLM comes first.
+test-engines: .venv-dev/ready vllm-cpu
+	OMP_NUM_THREADS=2 .venv-dev/bin/python -m pytest -v tests/engines $(ARGS)
 
 lint: .venv-dev/ready
 	.venv-dev/bin/ruff check .

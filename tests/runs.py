@@ -112,10 +112,12 @@ def running(module: str, *words: str | Path) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], pause: float = 0.002) -> None:
-    """Poll until the condition holds. Fails when the process ends before it does, or at the deadline."""
-    deadline = time.monotonic() + DEADLINE
+def wait_until(
+    condition: Callable[[], bool], process: subprocess.Popen[str], pause: float = 0.002, deadline: float = DEADLINE
+) -> None:
+    """Poll until the condition holds. Fails when the process ends before it does, or after `deadline` seconds."""
+    end = time.monotonic() + deadline
     while not condition():
         assert process.poll() is None, f"ended with {process.returncode}: {process.communicate()}"
-        assert time.monotonic() < deadline, "waited too long"
+        assert time.monotonic() < end, "waited too long"
         time.sleep(pause)

@@ -116,7 +116,7 @@ def test_labels_of_a_judge_are_those_of_its_terms_and_gates() -> None:
         "rewards.gates={two: [b]}",
     ]
     rewards = load_config([ROOT / "configs/quickstart.yaml", ROOT / "configs/judge/value.yaml"], words).config.rewards
-    assert labels_by_judge(rewards) == {"value": ["one", "two", "three"]}
+    assert labels_by_judge(rewards)["value"] == ["one", "two", "three"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,207 @@
+"""Judges against a real vLLM on CPU, started by `safework serve`: `make test-engines`.
+
+Two servers of the embedded model, one as it is and one with the quickstart judge's head; the environment of vLLM is
+`.venv-vllm` (`make vllm-cpu`), or the Python that `SAFEWORK_VLLM_PYTHON` names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+import pytest
+
+from common.config import LoadedConfig, load_config
+from common.serving.model import JudgeModel
+from common.serving.servers import Servers
+from common.types import Missing
+from tests.common.serving.test_serve import free_ports
+from tests.engines.pairs import head_outputs, judge, label_probabilities, pairs, questions
+from tests.runs import running, start, wait_until
+from tests.training import ROOT
+
+READY_S = 900.0
+ENGINES = ("torch", "jax")
+NAMES = ("safety", "safety_jailbreak", "value", "knowledge", "normal", "general")
+
+
+class Served(NamedTuple):
+    """A config of two running servers and the process that started them."""
+
+    config: Path
+    urls: dict[str, str]
+
+
+def server(url: str, **section: Any) -> dict[str, Any]:
+    launch = {
+        "python": os.environ.get("SAFEWORK_VLLM_PYTHON", str(ROOT / ".venv-vllm" / "bin" / "python")),
+        "options": ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16"],
+        "environment": {"VLLM_CPU_KVCACHE_SPACE": "1"},
+        "ready_s": READY_S,
+    }
+    return {
+        "engine": "vllm",
+        "model": "embedded:smollm2",
+        "urls": [url],
+        "concurrency": 16,
+        "launch": launch,
+        **section,
+    }
+
+
+@contextmanager
+def serving(folder: Path, **servers: dict[str, Any]) -> Iterator[Served]:
+    """`safework serve` on these servers until the block ends."""
+    config = folder / "serve.yaml"
+    judged = {name: {**judge(name).model_dump(mode="json"), "server": "plain"} for name in NAMES}
+    tables = {
+        "include": [str(ROOT / "configs" / name) for name in ("base.yaml", "model/smollm2.yaml")],
+        "run": {"dir": str(folder / "run")},
+        "data": {"train": [{"path": str(folder / "none.jsonl")}]},
+        "rewards": {
+            "judges": judged,
+            "verifiers": {name: {"judge": name} for name in NAMES},
+            "recipe": {name: {name: 1.0} for name in NAMES},
+            "cache": False,
+        },
+        "servers": servers,
+    }
+    config.write_text(json.dumps(tables))
+    with running("common.cli", "serve", config, "--logs", folder / "logs") as process:
+        logs = folder / "logs"
+        urls = {name: section["urls"][0] for name, section in servers.items()}
+        ports = [url.rpartition(":")[2] for url in urls.values()]
+
+        def ready() -> bool:
+            files = [logs / f"{name}-{port}.log" for name, port in zip(urls, ports, strict=True)]
+            return all(file.exists() and "Application startup complete" in file.read_text() for file in files)
+
+        wait_until(ready, process, pause=1.0, deadline=READY_S)
+        yield Served(config, urls)
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("vllm")
+    plain, headed = (f"http://127.0.0.1:{port}" for port in free_ports(2))
+    head = str(ROOT / "configs" / "quickstart_judge" / "heads.safetensors")
+    with serving(folder, plain=server(plain), headed=server(headed, head=head)) as found:
+        yield found
+
+
+def load(served: Served, backend: str, *words: str) -> LoadedConfig:
+    return load_config([served.config], [f"backend.name={backend}", *words])
+
+
+@contextmanager
+def model(served: Served, backend: str, name: str, in_process: bool) -> Iterator[JudgeModel]:
+    words = [f"servers.{name}.{key}" for key in ("engine=in_process", "urls=[]", "launch=null")] if in_process else []
+    loaded = load(served, backend, *words)
+    if backend == "torch":
+        from safework_torch.main import open_judge
+    else:
+        from safework_jax.main import open_judge
+    with closing(Servers(loaded, partial(open_judge, loaded))) as servers:
+        yield servers.open(name)
+
+
+@pytest.mark.parametrize("name", ["value", "knowledge"])
+def test_label_probabilities_agree(served: Served, name: str) -> None:
+    with model(served, "torch", "plain", in_process=False) as vllm:
+        expected = label_probabilities(vllm, name)
+    for backend in ENGINES:
+        with model(served, backend, "plain", in_process=True) as local:
+            np.testing.assert_allclose(label_probabilities(local, name), expected, atol=1e-3)
+
+
+def test_heads_agree(served: Served) -> None:
+    section = load_config([ROOT / "configs" / "quickstart.yaml"]).config.rewards.judges["safety_small"]
+    with model(served, "torch", "headed", in_process=False) as vllm:
+        expected = head_outputs(vllm, section)
+    assert expected.shape == (200, 8)
+    for backend in ENGINES:
+        with model(served, backend, "headed", in_process=True) as local:
+            np.testing.assert_allclose(head_outputs(local, section), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["safety", "normal", "general"])
+def test_greedy_text_agrees(served: Served, name: str) -> None:
+    asked = questions(judge(name))[:24]
+    with model(served, "torch", "plain", in_process=False) as vllm:
+        expected = [answer.value for answer in vllm.generate(asked, 8)]
+    with model(served, "torch", "plain", in_process=True) as local:
+        assert [answer.value for answer in local.generate(asked, 8)] == expected
+
+
+def test_both_engines_score_at_once_through_one_server(served: Served, tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    records = [
+        {
+            "id": f"{label}-{prompt.id}",
+            "prompt": [message._asdict() for message in prompt.messages],
+            "response": response,
+            "label": label,
+            "reference": "yes",
+        }
+        for label in ("value", "knowledge", "safety")
+        for prompt, response in pairs()[:24]
+    ]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    outs = {backend: tmp_path / f"{backend}.jsonl" for backend in ENGINES}
+    limit = f"rewards.max_missing={len(records)}"
+    processes = [
+        start("common.cli", "score", served.config, file, "--out", out, f"backend.name={backend}", limit)
+        for backend, out in outs.items()
+    ]
+    for process in processes:
+        _, error = process.communicate(timeout=900)
+        assert process.returncode == 0, error
+    first, second = ([json.loads(line) for line in out.read_text().splitlines()] for out in outs.values())
+    assert len(first) == len(records)
+    for one, other in zip(first, second, strict=True):
+        assert one["verdicts"] == other["verdicts"]
+        assert one["missing"].keys() == other["missing"].keys()
+        for name, score in one["scores"].items():
+            assert other["scores"][name] == pytest.approx(score, abs=1e-3)
+
+
+def test_a_server_that_is_killed_leaves_scores_missing_and_named(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    with serving(tmp_path, plain=server(url, deadline_s=20.0)) as found:
+        loaded = load(found, "torch")
+        with closing(Servers(loaded, lambda _: pytest.fail("nothing is in process"))) as servers:
+            opened = servers.open("plain")
+            asked = questions(judge("value")) * 4
+            timer = threading.Timer(3.0, kill_listener, (port,))
+            timer.start()
+            began = time.monotonic()
+            answers = opened.label_logprobs(asked, ["good", "bad"])
+            took = time.monotonic() - began
+        timer.join()
+    lost = [answer.value for answer in answers if isinstance(answer.value, Missing)]
+    assert 0 < len(lost) < len(asked)
+    assert all("server plain" in missing.reason for missing in lost)
+    assert all(np.isfinite(answer.value).all() for answer in answers if not isinstance(answer.value, Missing))
+    assert took < 3 + 3 * 20.0
+
+
+def kill_listener(port: int) -> None:
+    """kill -9 whoever listens at a port, and what it has started."""
+    listening = [each for each in psutil.net_connections("tcp") if each.status == "LISTEN" and each.laddr.port == port]
+    for pid in {each.pid for each in listening if each.pid}:
+        process = psutil.Process(pid)
+        for part in [*process.children(recursive=True), process]:
+            part.kill()
