@@ -23,10 +23,13 @@ SMOLLM2 = SOURCES["smollm2"]
 
 # Prints what the parent checks: the folder, the peak memory in bytes, and whether an engine or transformers came along.
 FETCH = """
-import json, resource, sys
+import json, sys
+from pathlib import Path
 from common.data.embedded_model import embedded_model
 folder = str(embedded_model())
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not ru_maxrss: a process begins with that of the one that started it.
+status = Path("/proc/self/status").read_text().splitlines()
+peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
 print(json.dumps([folder, peak, [name for name in ("torch", "jax", "transformers") if name in sys.modules]]))
 """
 

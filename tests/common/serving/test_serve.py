@@ -123,6 +123,15 @@ def error_of(run: CompletedProcess[str]) -> str:
 # Starting and stopping ------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def hangs_up() -> Iterator[None]:
+    """SIGHUP as a terminal leaves it: under nohup these tests, and what they start, would ignore it."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, previous)
+
+
+@pytest.mark.usefixtures("hangs_up")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_servers_run_until_a_signal_and_leave_nobody_behind(config: Config, number: signal.Signals) -> None:
     a, b, c = free_ports(3)
