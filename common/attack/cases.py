@@ -85,18 +85,11 @@ def labels_by_judge(section: RewardsSection) -> dict[str, list[str]]:
     return found
 
 
-def compares(judge: JudgeSection) -> bool:
-    """Whether a judge is shown a reference."""
-    return any("reference" in FIELD.findall(prompt.user) for prompt in judge.prompts.values())
-
-
 def suitable(cases: Sequence[Case], judge: JudgeSection, labels: Sequence[str]) -> list[Case]:
     """The cases with one of a judge's labels: those with a reference where it compares with one, else those without,
     because an answer that is only wrong is not bad to a judge that is not told what is right.
     """
-    return [
-        case for case in cases if set(case.labels) & set(labels) and (case.reference is not None) == compares(judge)
-    ]
+    return [case for case in cases if set(case.labels) & set(labels) and (case.reference is not None) == judge.compares]
 
 
 def base(case: Case, judge: JudgeSection) -> Base:
@@ -122,8 +115,7 @@ def best_verdict(section: ReadOutSection, spoken: Language) -> str:
 
 
 def _marks(judge: JudgeSection, spoken: Language, field: str) -> Marks:
-    prompt = judge.prompts.get(spoken) or judge.prompts["en"]
-    before, found, behind = prompt.user.partition(field)
+    before, found, behind = judge.prompt(spoken).user.partition(field)
     if not found:
         return Marks("", "")
     opening, closing = before.rstrip().rpartition("\n")[2], behind.strip().partition("\n")[0]

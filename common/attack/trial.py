@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from common.attack.cases import Case, base, compares, labels_by_judge, read_cases, suitable
+from common.attack.cases import Case, base, labels_by_judge, read_cases, suitable
 from common.attack.families import FAMILIES
 from common.attack.report import (
     Attempt,
@@ -106,7 +106,7 @@ def _chosen(loaded: LoadedConfig, cases: Sequence[Case], options: Options) -> di
 
 
 def _no_cases(loaded: LoadedConfig, name: str, labels: Sequence[str], judge: JudgeSection) -> str:
-    with_one, path = "with" if compares(judge) else "without", loaded.config.rewards.attack_cases
+    with_one, path = "with" if judge.compares else "without", loaded.config.rewards.attack_cases
     problem = (
         f"no case {with_one} a reference has a label of judge {name!r} ({', '.join(labels)}). Add some, or name the "
         "other judges with --judge."

@@ -80,6 +80,15 @@ class JudgeSection(Section):
     images: bool = False
     think_aware: Literal["off", "measure", "on"] = "off"
 
+    def prompt(self, spoken: Language) -> PromptSection:
+        """What is asked in a language; the English where it has none of its own."""
+        return self.prompts.get(spoken) or self.prompts["en"]
+
+    @property
+    def compares(self) -> bool:
+        """Whether the judge is shown a reference."""
+        return any("reference" in FIELD.findall(prompt.user) for prompt in self.prompts.values())
+
     @field_validator("think_aware", mode="before")
     @classmethod
     def _switch(cls, value: object) -> object:

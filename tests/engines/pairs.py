@@ -48,7 +48,7 @@ def questions(section: JudgeSection) -> list[Question]:
     asked = []
     for prompt, response in pairs():
         spoken = language(prompt)
-        asked.append(build_question(section.prompts.get(spoken) or section.prompts["en"], prompt, response, spoken))
+        asked.append(build_question(section.prompt(spoken), prompt, response, spoken))
     return asked
 
 

@@ -28,7 +28,7 @@ class Judge(Verifier):
 
     def check_reference(self, prompt: Prompt) -> None:
         """Raise ValueError when the judge's prompt needs a reference that is not there, or images it cannot show."""
-        if prompt.reference is None and any("{reference}" in asked.user for asked in self.section.prompts.values()):
+        if prompt.reference is None and self.section.compares:
             raise ValueError("the judge compares with a reference, and the prompt has none. Give it one.")
         if prompt.images and not self.section.images:
             raise ValueError(
@@ -57,8 +57,7 @@ class Judge(Verifier):
 
     def _question(self, prompt: Prompt, text: str) -> Question:
         spoken = language(prompt)
-        chosen = self.section.prompts.get(spoken) or self.section.prompts["en"]
-        return build_question(chosen, prompt, text.strip(), spoken)
+        return build_question(self.section.prompt(spoken), prompt, text.strip(), spoken)
 
     def _both(self, reasoning: Score | Missing, answer: Score | Missing) -> Score | Missing:
         """The answer's score with how far the reasoning's lies from it, or their product; missing when either is."""
