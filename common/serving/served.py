@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -50,8 +51,8 @@ def served_weights(name: str, section: ServerSection, expected: str, url: str, r
 class ServedModel:
     """A JudgeModel at the `urls` of a server section.
 
-    Opening it asks each replica what it serves and what it can be asked; raises ServerError when none answers or one
-    serves another model than the config names. Each batch of questions ends with asking again, so that a model which is
+    Opening it asks each replica what it serves; raises ServerError when none answers or one serves another model than
+    the config names. Each batch of questions ends with asking again, so that a model which is
     exchanged during a run ends the run instead of changing its scores.
     """
 
@@ -62,7 +63,7 @@ class ServedModel:
         self._served = served_name(section)
         self._replicas = Replicas(name, section)
         try:
-            self._weights, self._api = self._open(), self._described()
+            self._weights = self._open()
         except ServerError:
             self._replicas.close()
             raise
@@ -118,10 +119,16 @@ class ServedModel:
             )
         return weights.pop()
 
-    def _described(self) -> Any:
+    @cached_property
+    def _api(self) -> Any:
         """What the servers can be asked, as the first one that answers says: replicas are of one version."""
-        found = self._replicas.ask_each(self._dialect.API, self._section.deadline_s).values()
-        return next((api for api in found if not isinstance(api, CallFailed)), None)
+        found = list(self._replicas.ask_each(self._dialect.API, self._section.deadline_s).values())
+        for api in found:
+            if not isinstance(api, CallFailed):
+                return api
+        raise ServerError(
+            f"server {self._name} does not describe its routes ({found[0]}), which labels need. Start it."
+        )
 
     def _refuse_exchange(self) -> None:
         for url, weights in self._serving(min(_CHECK_S, self._section.deadline_s)).items():
