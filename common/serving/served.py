@@ -52,8 +52,8 @@ class ServedModel:
     """A JudgeModel at the `urls` of a server section.
 
     Opening it asks each replica what it serves; raises ServerError when none answers or one serves another model than
-    the config names. Each batch of questions ends with asking again, so that a model which is
-    exchanged during a run ends the run instead of changing its scores.
+    the config names. Each batch of questions ends with asking again, so that a model which is exchanged during a run
+    ends the run instead of changing its scores.
     """
 
     def __init__(self, name: str, section: ServerSection) -> None:
