@@ -12,6 +12,7 @@ import os
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from functools import lru_cache
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 # One of these splits a control token that a message spells out, so that the template's own ones stand alone; it is
 # taken out again before the text is encoded. Private use: no tokenizer or template gives them a meaning.
 _BREAKS = [chr(code) for code in range(0xE000, 0xF900)]
+_PIECES = 64  # texts between control tokens whose ids are kept
 _CONTROL_STYLE = re.compile(r"<[|｜].+[|｜]>")
 _REPLACEMENT = "\ufffd"  # what a character decodes to until its last token is there
 
@@ -58,6 +60,8 @@ class Chat:
         self.vocabulary: dict[str, int] = self._tokenizer.get_vocab()
         self._control = self._control_tokens()
         self.stop_ids = self._stop_ids(folder)
+        # A frame and its system turn come again with every prompt.
+        self._encode_piece = lru_cache(_PIECES)(self._encode_text)
         self._check_pieces(folder)
         rules = json.dumps([sorted(self.vocabulary.items()), self._tokenizer.chat_template])
         self.digest = hashlib.sha256(rules.encode()).hexdigest()[:12]
@@ -158,10 +162,10 @@ class Chat:
         """Token ids of a rendered text, in which each unbroken control token belongs to the frame."""
         ids, last = [], 0
         for match in self._control.finditer(text):
-            ids += self._encode_text(text[last : match.start()].replace(mark, ""))
+            ids += self._encode_piece(text[last : match.start()].replace(mark, ""))
             ids.append(self.vocabulary[match[0]])
             last = match.end()
-        return ids + self._encode_text(text[last:].replace(mark, ""))
+        return ids + self._encode_piece(text[last:].replace(mark, ""))
 
     def _encode_text(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []

@@ -46,9 +46,9 @@ class Dialect(Protocol):
         """A greedy continuation; read as its text."""
         ...
 
-    def label_logprobs(self, name: str, question: Rendered, label_ids: Sequence[int], api: Any) -> list[Call]:
-        """The logprobs of given tokens as the next one, over the whole vocabulary; read one after the other they are
-        float32 [L]. api: the reply to a GET of API, which says what this version of the server can be asked.
+    def label_logprobs(self, name: str, question: Rendered, label_ids: Sequence[int], api: Any) -> Call:
+        """The logprobs of given tokens as the next one, over the whole vocabulary; read as float32 [L]. api: the reply
+        to a GET of API, which says what this version of the server can be asked.
         """
         ...
 

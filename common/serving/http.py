@@ -10,7 +10,8 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -76,22 +77,19 @@ class _Task:
     """One call on its way. Its deadline runs from its first try on: what waits for its turn is not late."""
 
     call: Call
-    done: asyncio.Future[Any]
+    done: Future[Reply]
     queued_at: float
     started_at: float = 0.0
-    ended_at: float = 0.0
     tries: int = 0
     deadline: float = 0.0
 
     def end(self, result: Any) -> None:
-        """Hand the result, or the failure, to whoever waits."""
-        self.ended_at = time.monotonic()
-        self.done.set_result(result)
-
-    def reply(self) -> Reply:
-        """The result with its times; one that was given up before its first try has spent all of it in the queue."""
-        started = self.started_at or self.ended_at
-        return Reply(self.done.result(), started - self.queued_at, self.ended_at - started)
+        """Hand the result, or the failure, to whoever waits. What was given up before its first try has spent all of
+        its time in the queue.
+        """
+        now = time.monotonic()
+        started = self.started_at or now
+        self.done.set_result(Reply(result, started - self.queued_at, now - started))
 
 
 class Replicas:
@@ -107,6 +105,8 @@ class Replicas:
         rest_s = min(section.deadline_s / 10, _LONGEST_REST_S)
         self._replicas = [Replica(url.rstrip("/"), rest_s) for url in section.urls]
         self._loop = asyncio.new_event_loop()
+        # As many calls are made ahead of their turn as are on their way.
+        self._room = threading.Semaphore(2 * len(self._replicas) * section.concurrency)
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"server-{name}", daemon=True)
         self._thread.start()
         self._run(self._open())
@@ -114,6 +114,7 @@ class Replicas:
     async def _open(self) -> None:
         self._queue: asyncio.Queue[_Task] = asyncio.Queue()
         self._well_at = time.monotonic()  # the last success, or the last time that there was nothing to do
+        self._last_fault = ""
         self._pending: set[_Task] = set()
         # No limit of connections here: the number of workers is one.
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
@@ -128,9 +129,9 @@ class Replicas:
     def _pass_on(self, worker: asyncio.Task[None]) -> None:
         """A worker ends by a fault of ours alone: hand it to whoever waits, or else they would wait for ever."""
         if not worker.cancelled() and (fault := worker.exception()):
-            for task in self._pending:
-                if not task.done.done():
-                    task.done.set_exception(fault)
+            for task in list(self._pending):
+                self._leave(task)
+                task.done.set_exception(fault)
 
     def close(self) -> None:
         """Drop what is in flight, close the connections and end the thread."""
@@ -145,23 +146,37 @@ class Replicas:
         await asyncio.gather(*self._workers, return_exceptions=True)
         await self._session.close()
 
-    def call_all(self, calls: Sequence[Call]) -> list[Reply]:
-        """One reply per call, in order: what its `read` made of it, or CallFailed."""
-        return self._run(self._call_all(calls))
+    def call_all(self, calls: Iterable[Call]) -> list[Reply]:
+        """One reply per call, in order: what its `read` made of it, or CallFailed.
 
-    async def _call_all(self, calls: Sequence[Call]) -> list[Reply]:
+        A call is taken from the iterable shortly before its turn, while others are on their way.
+        """
+        began = time.monotonic()
+        self._loop.call_soon_threadsafe(self._begin)
+        replies = []
+        for call in calls:
+            task = _Task(call, Future(), began)
+            self._room.acquire()
+            replies.append(task.done)
+            self._loop.call_soon_threadsafe(self._enter, task)
+        return [reply.result() for reply in replies]
+
+    def _begin(self) -> None:
         if not self._pending:
             self._well_at = time.monotonic()
-        tasks = [_Task(call, self._loop.create_future(), time.monotonic()) for call in calls]
-        self._pending.update(tasks)
-        for task in tasks:
-            self._queue.put_nowait(task)
-        try:
-            for task in tasks:
-                await task.done
-            return [task.reply() for task in tasks]
-        finally:
-            self._pending.difference_update(tasks)
+
+    def _enter(self, task: _Task) -> None:
+        self._pending.add(task)
+        self._queue.put_nowait(task)
+        self._give_up_if_down()
+
+    def _end(self, task: _Task, result: Any) -> None:
+        self._leave(task)
+        task.end(result)
+
+    def _leave(self, task: _Task) -> None:
+        self._pending.discard(task)
+        self._room.release()
 
     def ask_each(self, path: str, limit_s: float) -> dict[str, Any]:
         """GET a path from every replica, once: url -> its JSON, or CallFailed where none came within the limit."""
@@ -201,28 +216,29 @@ class Replicas:
         limit_s = left if last_try else left / 2
         try:
             reply = await self._try("POST", f"{replica.url}{task.call.path}", task.call.payload, limit_s)
-            task.end(_read(task, reply, replica))
+            self._end(task, _read(task, reply, replica))
             replica.failures, self._well_at = 0, time.monotonic()
         except CallFailed as error:  # a refusal: the server is well
-            task.end(error)
+            self._end(task, error)
         except _Worthwhile as error:
             replica.failed()
             pause = _pause(task.tries)
             if last_try or time.monotonic() + pause > task.deadline:
                 tries = "1 try" if task.tries == 1 else f"{task.tries} tries"
-                task.end(CallFailed(f"{error} (server {self._name}, {tries})"))
+                self._end(task, CallFailed(f"{error} (server {self._name}, {tries})"))
             else:
                 self._loop.call_later(pause, self._queue.put_nowait, task)
-            self._give_up_if_down(error)
+            self._last_fault = str(error)
+            self._give_up_if_down()
 
-    def _give_up_if_down(self, last: _Worthwhile) -> None:
+    def _give_up_if_down(self) -> None:
         """Fail what waits when every replica rests and none has had a success for as long as one call may take."""
         ill_s = time.monotonic() - self._well_at
         if ill_s < self._section.deadline_s or not all(replica.rest_s for replica in self._replicas):
             return
         while not self._queue.empty():
-            error = CallFailed(f"no reply for {ill_s:.0f} s (server {self._name}; at last: {last})")
-            self._queue.get_nowait().end(error)
+            error = CallFailed(f"no reply for {ill_s:.0f} s (server {self._name}; at last: {self._last_fault})")
+            self._end(self._queue.get_nowait(), error)
 
     async def _try(self, method: str, where: str, payload: dict[str, Any] | None, limit_s: float) -> Any:
         try:

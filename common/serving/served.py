@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -76,26 +76,23 @@ class ServedModel:
 
     def generate(self, questions: Sequence[Question], max_tokens: int) -> list[Answer[str]]:
         """See JudgeModel."""
-        return self._ask([self._dialect.generate(self._served, self._render(asked), max_tokens) for asked in questions])
+        return self._ask(self._dialect.generate(self._served, self._render(asked), max_tokens) for asked in questions)
 
     def label_logprobs(self, questions: Sequence[Question], labels: Sequence[str]) -> list[Answer[np.ndarray]]:
         """See JudgeModel."""
         label_ids = self._render.chat.first_tokens(labels)
-        calls = [
+        return self._ask(
             self._dialect.label_logprobs(self._served, self._render(asked), label_ids, self._api) for asked in questions
-        ]
-        parts = iter(self._ask([call for those in calls for call in those]))
-        return [_joined([next(parts) for _ in those]) for those in calls]
+        )
 
     def head(self, questions: Sequence[Question]) -> list[Answer[np.ndarray]]:
         """See JudgeModel."""
-        return self._ask([self._dialect.head(self._served, self._render(asked)) for asked in questions])
+        return self._ask(self._dialect.head(self._served, self._render(asked)) for asked in questions)
 
-    def _ask(self, calls: list[Call]) -> list[Answer[Any]]:
-        if not calls:
-            return []
+    def _ask(self, calls: Iterable[Call]) -> list[Answer[Any]]:
         replies = self._replicas.call_all(calls)
-        self._refuse_exchange()
+        if replies:
+            self._refuse_exchange()
         return [
             Answer(
                 Missing(str(reply.result)) if isinstance(reply.result, CallFailed) else reply.result,
@@ -147,11 +144,3 @@ class ServedModel:
             else:
                 found[url] = served_weights(self._name, self._section, self._served, url, reply)
         return found
-
-
-def _joined(parts: list[Answer[np.ndarray]]) -> Answer[np.ndarray]:
-    """The answers to one question's calls as one; missing when any is."""
-    lost = next((part.value for part in parts if isinstance(part.value, Missing)), None)
-    values = [part.value for part in parts if not isinstance(part.value, Missing)]
-    slowest = max(parts, key=lambda part: part.asked.latency_s).asked
-    return Answer(np.concatenate(values) if lost is None else lost, slowest)

@@ -27,7 +27,7 @@ def generate(name: str, question: Rendered, max_tokens: int) -> Call:
     return Call("/generate", _asked(question, max_tokens), _text)
 
 
-def label_logprobs(name: str, question: Rendered, label_ids: Sequence[int], api: Any) -> list[Call]:
+def label_logprobs(name: str, question: Rendered, label_ids: Sequence[int], api: Any) -> Call:
     """See Dialect."""
     payload = _asked(question, 1) | {"return_logprob": True, "token_ids_logprob": list(label_ids)}
 
@@ -35,7 +35,7 @@ def label_logprobs(name: str, question: Rendered, label_ids: Sequence[int], api:
         found = {token: logprob for logprob, token, _ in reply["meta_info"]["output_token_ids_logprobs"][0]}
         return np.array([found[token] for token in label_ids], np.float32)
 
-    return [Call("/generate", payload, read)]
+    return Call("/generate", payload, read)
 
 
 def head(name: str, question: Rendered) -> Call:

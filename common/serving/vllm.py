@@ -33,28 +33,24 @@ def generate(name: str, question: Rendered, max_tokens: int) -> Call:
     return Call("/v1/completions", payload | {"prompt": question.tolist()}, _text)
 
 
-def label_logprobs(name: str, question: Rendered, label_ids: Sequence[int], api: Any) -> list[Call]:
-    """See Dialect. Versions that cannot be asked for given tokens are asked for the prompt's, a label behind it each
-    time; with images, for the twenty most probable ones, among which the labels must be.
+def label_logprobs(name: str, question: Rendered, label_ids: Sequence[int], api: Any) -> Call:
+    """See Dialect. In 0.24 the OpenAI routes cannot be asked for given tokens, and its route of token ids can; with
+    images it is asked for the twenty most probable tokens, among which the labels must be.
     """
+    named = "logprob_token_ids" in api["components"]["schemas"]["CompletionRequest"]["properties"]
+    labels = {"logprob_token_ids": list(label_ids)}
     payload = {"model": name, "max_tokens": 1, "return_tokens_as_token_ids": True, **_GREEDY}
-    named = "logprob_token_ids" in api["components"]["schemas"]["CompletionRequest"]["properties"]  # not yet in 0.24
     if isinstance(question, Seen):
-        asked = {"logprob_token_ids": list(label_ids), "top_logprobs": 0} if named else {"top_logprobs": _MOST}
+        asked = labels | {"top_logprobs": 0} if named else {"top_logprobs": _MOST}
         asked |= {"messages": question.turns, "logprobs": True}
-        return [Call("/v1/chat/completions", payload | asked, partial(_chat_logprobs, label_ids))]
-    prompt = question.tolist()
+        return Call("/v1/chat/completions", payload | asked, partial(_chat_logprobs, label_ids))
     if named:
-        asked = {"prompt": prompt, "logprobs": 0, "logprob_token_ids": list(label_ids)}
-        return [Call("/v1/completions", payload | asked, partial(_logprobs, label_ids))]
-    return [
-        Call(
-            "/v1/completions",
-            payload | {"prompt": [*prompt, token], "prompt_logprobs": 0},
-            partial(_last_logprob, token),
-        )
-        for token in label_ids
-    ]
+        asked = labels | {"prompt": question.tolist(), "logprobs": 0}
+        return Call("/v1/completions", payload | asked, partial(_logprobs, label_ids))
+    # The reply lists as many tokens as there are labels, what was sampled first: so that has to be one of them.
+    sampling = {"max_tokens": 1, "logprobs": len(label_ids), "allowed_token_ids": list(label_ids), **labels, **_GREEDY}
+    asked = {"model": name, "token_ids": question.tolist(), "sampling_params": sampling}
+    return Call("/inference/v1/generate", asked, partial(_chat_logprobs, label_ids))
 
 
 def _logprobs(label_ids: Sequence[int], reply: Any) -> np.ndarray:
@@ -66,10 +62,6 @@ def _chat_logprobs(label_ids: Sequence[int], reply: Any) -> np.ndarray:
     listed = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     found = {entry["token"]: entry["logprob"] for entry in listed}
     return np.array([found[f"token_id:{token}"] for token in label_ids], np.float32)
-
-
-def _last_logprob(token: int, reply: Any) -> np.ndarray:
-    return np.array([reply["choices"][0]["prompt_logprobs"][-1][str(token)]["logprob"]], np.float32)
 
 
 def head(name: str, question: Rendered) -> Call:

@@ -44,8 +44,7 @@ def calls(dialect: Dialect, name: str, render: Renderer, head: bool, api: Any) -
             yield "head", number, dialect.head(name, rendered)
         else:
             yield "generate", number, dialect.generate(name, rendered, MAX_TOKENS)
-            for call in dialect.label_logprobs(name, rendered, label_ids, api):
-                yield "label_logprobs", number, call
+            yield "label_logprobs", number, dialect.label_logprobs(name, rendered, label_ids, api)
 
 
 def main() -> None:

@@ -59,12 +59,9 @@ class Vllm:
             return web.json_response({"components": {"schemas": {"CompletionRequest": {"properties": properties}}}})
         payload = await request.json()
         self.asked.append((request.path, payload))
-        if "logprob_token_ids" in payload:
-            found = {f"token_id:{token}": -float(token) for token in payload["logprob_token_ids"]}
-            listed = [{"token": token, "logprob": logprob} for token, logprob in found.items()]
-            logprobs = {"top_logprobs": [found], "content": [{"top_logprobs": listed}]}
-        else:
-            logprobs = None
-        listed = [None, *({str(token): {"logprob": -float(token)}} for token in payload.get("prompt", [])[1:])]
-        choice = {"prompt_logprobs": listed, "text": self.text, "message": {"content": self.text}, "logprobs": logprobs}
+        labels = (payload.get("sampling_params") or payload).get("logprob_token_ids", ())
+        found = {f"token_id:{token}": -float(token) for token in labels}
+        listed = [{"token": token, "logprob": logprob} for token, logprob in found.items()]
+        logprobs = {"top_logprobs": [found], "content": [{"top_logprobs": listed}]}
+        choice = {"text": self.text, "message": {"content": self.text}, "logprobs": logprobs}
         return web.json_response({"choices": [choice], "data": [{"probs": [0.5, -2.0]}]})

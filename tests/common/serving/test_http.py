@@ -99,6 +99,38 @@ FAULTS = {
 }
 
 
+def test_calls_are_made_shortly_before_their_turn() -> None:
+    made: list[int] = []
+    ahead: list[int] = []
+
+    async def counting(request: web.Request) -> web.Response:
+        number = (await request.json())["number"]
+        ahead.append(len(made) - number)
+        return web.json_response({"value": 2 * number})
+
+    def making() -> Iterator[Call]:
+        for call in calls(200):
+            made.append(call.payload["number"])
+            yield call
+
+    with stand_in(counting) as url, replicas(url, concurrency=4) as opened:
+        replies = opened.call_all(making())
+    assert [reply.result for reply in replies] == [2 * number for number in range(200)]
+    assert max(ahead) <= 3 * 4
+
+
+def test_a_call_that_cannot_be_made_leaves_the_client_well() -> None:
+    def making() -> Iterator[Call]:
+        yield from calls(20)
+        raise ValueError("no such image")
+
+    with stand_in(twice) as url, replicas(url, concurrency=2) as opened:
+        for _ in range(3):
+            with pytest.raises(ValueError, match="no such image"):
+                opened.call_all(making())
+        assert results_of(opened, calls(20)) == [2 * number for number in range(20)]
+
+
 def test_every_reply_belongs_to_its_question() -> None:
     async def uneven(request: web.Request) -> web.Response:
         await asyncio.sleep(0.02 * ((await request.json())["number"] % 3))

@@ -47,17 +47,21 @@ def test_questions_travel_as_the_tokens_of_the_models_own_template(tmp_path: Pat
     assert vllm.asked[2] == ("/classify", vllm.asked[2][1] | {"use_activation": False})
 
 
-def test_an_older_server_is_asked_for_each_label_behind_the_prompt(tmp_path: Path) -> None:
+def test_an_older_server_is_asked_by_its_route_of_token_ids(tmp_path: Path) -> None:
     newer, older = Vllm(), Vllm(newest=False)
     answers = []
     for vllm in (newer, older):
         with stand_in(vllm) as url, served(tmp_path, url) as model:
             answers += model.label_logprobs([QUESTION, Question(None, ("And this?",))], ["good", "bad"])
-    assert (len(newer.asked), len(older.asked)) == (2, 4)
     for one, other in zip(answers[:2], answers[2:], strict=True):
         np.testing.assert_array_equal(np.asarray(one.value), np.asarray(other.value))
-    first, second = (payload["prompt"] for _, payload in older.asked[:2])
-    assert first[:-1] == second[:-1] == newer.asked[0][1]["prompt"]
+    for (path, asked), (old_path, old) in zip(newer.asked, older.asked, strict=True):
+        assert (path, old_path) == ("/v1/completions", "/inference/v1/generate")
+        assert old["token_ids"] == asked["prompt"]
+        # It lists as many tokens as it is asked for, the sampled one first.
+        sampling = old["sampling_params"]
+        assert sampling["allowed_token_ids"] == sampling["logprob_token_ids"] == asked["logprob_token_ids"]
+        assert sampling["logprobs"] == 2
 
 
 def test_greedy_is_said_in_full(tmp_path: Path) -> None:
