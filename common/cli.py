@@ -18,7 +18,7 @@ from common.attack.report import refuse_untried
 from common.attack.trial import Options
 from common.config import ConfigError, LoadedConfig, load_config
 from common.config.checks import warnings
-from common.config.explain import explain
+from common.config.explain import explain, explain_recipe
 from common.engine_main import INTERRUPTED, USER_ERRORS, split_arguments
 from common.experiment import load_data, open_chat, policy_folder, reference_folder
 from common.export import DTYPES, export_model
@@ -156,6 +156,8 @@ def _beside(file: Path) -> Path:
 def _check(arguments: argparse.Namespace) -> int:
     loaded = load_config(*split_arguments(arguments.config))
     print(explain(loaded), end="")
+    for line in explain_recipe(loaded.config):
+        print(f"# {line}")
     for sentence in warnings(loaded.config):
         print(f"# warning: {sentence}")
     print(f"# {_counts(loaded)}")

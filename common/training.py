@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 
+from common.attack.report import refuse_untried
 from common.config import LoadedConfig
 from common.config.checks import warnings
 from common.experiment import load_data, open_chat, open_run, policy_folder, reference_folder, refuse_other_data
@@ -31,6 +32,7 @@ def train(loaded: LoadedConfig, open_trainer: OpenTrainer, open_judge: OpenJudge
     chat = open_chat(loaded, policy)
     reference = reference_folder(loaded, policy, chat)
     data = load_data(loaded, chat, open_judge)
+    refuse_untried(loaded, data.recipe)
     with closing(open_run(loaded)) as run_dir:
         start = run_dir.state()
         if start.step >= config.run.steps:

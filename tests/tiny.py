@@ -61,6 +61,41 @@ def make_classifier(folder: Path, model_type: str = "llama", classes: int = 6, *
     return folder
 
 
+def make_speaker(folder: Path, text: str, model_type: str = "qwen2", **likely: float) -> Path:
+    """A model folder that says `text`, whose characters differ, to whatever it is asked, and then stops.
+
+    `likely` gives other first characters their logit, a little of which depends on what was asked. Hidden states are
+    the last token, one-hot, and a trace of all tokens before it, which attention adds.
+    """
+    make_model(folder, model_type, hidden_size=320, num_hidden_layers=1, max_position_embeddings=8192, head_dim=64)
+    file = folder / "model.safetensors"
+    weights = {name: np.zeros_like(value) for name, value in load_file(file).items()}
+    rng = np.random.default_rng(0)
+    for name, value in weights.items():
+        if name.endswith("norm.weight"):
+            value[:] = 1.0
+        elif name.endswith(("v_proj.weight", "o_proj.weight")):
+            value[:] = rng.normal(0.0, 0.05, value.shape)
+    weights["model.embed_tokens.weight"][:] = np.eye(320)
+    ids = _byte_ids(folder)
+    said = [ids["\n"], *(ids[character] for character in text), SIZES["eos_token_id"]]
+    assert len(set(said)) == len(said), text
+    head = weights["lm_head.weight"]
+    head[said[1:], said[:-1]] = 20.0 / np.sqrt(320)
+    for character, logit in likely.items():
+        head[ids[character]] = rng.normal(0.0, 0.02, 320)
+        head[ids[character], ids["\n"]] = logit / np.sqrt(320)
+    save_file(weights, file, {"format": "pt"})
+    return folder
+
+
+def _byte_ids(folder: Path) -> dict[str, int]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return {chr(byte): tokenizer.encode(chr(byte), add_special_tokens=False).ids[0] for byte in range(128)}
+
+
 def random_weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
     """Weights by Hugging Face name, large enough that every part of the model matters."""
     rng = np.random.default_rng(seed)

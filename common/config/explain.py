@@ -33,6 +33,29 @@ def explain(loaded: LoadedConfig) -> str:
     return text.getvalue()
 
 
+def explain_recipe(config: RunConfig) -> Iterator[str]:
+    """For each label how its total is made and what its advantages are; then what each verifier of them is."""
+    rewards = config.rewards
+    used: dict[str, None] = {}
+    for label, terms in rewards.recipe.items():
+        gates = rewards.gates.get(label, ())
+        used |= dict.fromkeys([*terms, *gates])
+        total = " + ".join(f"{weight:g} {name}" for name, weight in terms.items())
+        total = " x ".join([f"({total})", *gates]) if gates else total
+        yield f"{label} = {total}; advantages: {config.advantage.labels.get(label, config.advantage.type)}"
+    for name in used:
+        yield f"{name}: {_kind(config, name)}"
+
+
+def _kind(config: RunConfig, name: str) -> str:
+    verifier = config.rewards.verifiers[name]
+    if not verifier.judge:
+        return f"rule {verifier.rule}" if verifier.rule else f"reward model {verifier.reward_model}"
+    judge = config.rewards.judges[verifier.judge]
+    server = config.servers[judge.server]
+    return f"judge {verifier.judge}, {judge.read_out.type} of {server.model} ({server.engine})"
+
+
 class _Representer(RoundTripRepresenter):
     """Writes null where ruamel would write nothing."""
 

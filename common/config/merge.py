@@ -1,11 +1,15 @@
 """Run files and `key=value` words -> one table, and the place that set each of its keys.
 
 A run file names what it includes; tables merge, lists replace, later wins: included files in order, then the file
-itself, then further files, then overrides. YAML 1.2 rules: `1e-6` is a number; `no` and `2026-01-01` are strings.
+itself, then further files, then overrides. A label's terms and a judge's verdicts replace as a list does: what a run
+file names is all that counts, and a term of an earlier recipe cannot add to a total unseen.
+
+YAML 1.2 rules: `1e-6` is a number; `no` and `2026-01-01` are strings.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ from ruamel.yaml.scalarbool import ScalarBoolean
 from common.config.section import ConfigError
 
 COMMAND_LINE = "command line"
+_WHOLE = re.compile(r"rewards\.recipe\.[^.]+|rewards\.judges\.[^.]+\.read_out\.verdicts")
 DEFAULT = "default"
 
 
@@ -71,8 +76,8 @@ class Layers:
             if isinstance(target, dict):
                 _require_plain_key(key, origin)
             name = f"{prefix}{key}"
-            merges = isinstance(target, dict) and isinstance(target.get(key), dict) and isinstance(value, CommentedMap)
-            if not merges:
+            tables = isinstance(target, dict) and isinstance(target.get(key), dict) and isinstance(value, CommentedMap)
+            if not tables or _WHOLE.fullmatch(name):
                 self._forget_below(name)
                 target[key] = _empty_or_plain(value)
             self.origins[name] = origin

@@ -111,7 +111,7 @@ class RewardsSection(Section):
     cache: keep what servers answer in one file per host, so that equal questions are asked once.
     attack_cases: what `safework attack` begins with, a JSONL file of bad answers (`common/attack/cases.py`).
     attack_report: the file that it writes. max_attack_gain: the largest mean gain that a family of attacks may have on
-    a judge; `safework check` then wants that file, of the same judges. null: no limit.
+    a judge; `check` and `train` then want that file, of the same judges. null: no limit.
     """
 
     verifiers: dict[str, VerifierSection]

@@ -92,6 +92,22 @@ def test_tables_merge_and_lists_replace(run_file: Path) -> None:
     assert (config.run.dir, config.run.steps) == ("runs/test", 5)
 
 
+def test_terms_of_a_label_and_verdicts_of_a_judge_replace_as_lists_do(run_file: Path) -> None:
+    judge = "{server: s, prompts: {en: {user: '{response}'}}, read_out: {type: labels, verdicts: {a: 1, b: 0}}}"
+    first = (
+        f"{{recipe: {{general_rule: {{other: 1}}}}, judges: {{j: {judge}}}, verifiers: {{other: {{rule: language}}}}}}"
+    )
+    again = "rewards: {recipe: {general_rule: {answer: 2}}, judges: {j: {read_out: {verdicts: {c: 1, d: 0}}}}}"
+    server = "servers: {s: {engine: in_process, model: m}}"
+    files = [run_file, *write(run_file.parent, first=f"rewards: {first}", again=again, server=server)]
+    rewards = load_config(files).config.rewards
+    assert rewards.recipe == {"general_rule": {"answer": 2.0}}
+    assert rewards.judges["j"].read_out.verdicts == {"c": 1.0, "d": 0.0}
+    assert rewards.judges["j"].read_out.type == "labels"
+    rewards = load_config(files, ["rewards.recipe.general_rule.other=0.5"]).config.rewards
+    assert rewards.recipe == {"general_rule": {"answer": 2.0, "other": 0.5}}
+
+
 def test_an_override_merges_tables_and_makes_missing_ones(run_file: Path) -> None:
     words = ["rewards.verifiers={short: {rule: answer}}", "rewards.recipe.other.short=2", "loss.importance.cap=3"]
     config = load_config([run_file], words).config

@@ -104,13 +104,14 @@ def test_both_engines_find_the_same(reports: dict[str, dict[str, Any]]) -> None:
 
 
 def test_attack_then_check(run_file: Path) -> None:
-    """Over the limit the report is written all the same; check holds the config to it."""
+    """Over the limit the report is written all the same; check and train hold the config to it."""
     result = safework("attack", run_file, "--judge", "value", "rewards.max_attack_gain=0.0", "--samples", "1")
     families = json.loads((run_file.parent / "attack.json").read_text())["judges"]["value"]["families"]
     worst = max(families, key=lambda name: families[name]["mean_gain"])
     assert result.returncode == 1
-    refused = safework("check", run_file, "rewards.max_attack_gain=0.0")
-    for said in (result.stderr, refused.stderr):
+    refused = [safework(verb, run_file, "rewards.max_attack_gain=0.0") for verb in ("check", "train")]
+    assert not (run_file.parent / "run").exists()
+    for said in (result.stderr, *(each.stderr for each in refused)):
         assert "Traceback" not in said
         assert f"error: rewards.max_attack_gain = 0.0 (command line): attacks of the family {worst!r} gain " in said
         assert "on judge 'value'" in said

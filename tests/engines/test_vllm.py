@@ -28,7 +28,8 @@ from common.serving.servers import Servers
 from common.types import Missing
 from tests.common.serving.test_serve import free_ports
 from tests.engines.pairs import head_outputs, judge, label_probabilities, pairs, questions
-from tests.runs import running, start, wait_until
+from tests.runs import read_lines, running, start, wait_until, write_records
+from tests.tiny import make_model
 from tests.training import ROOT
 
 READY_S = 900.0
@@ -64,15 +65,17 @@ def server(url: str, **section: Any) -> dict[str, Any]:
 def serving(folder: Path, **servers: dict[str, Any]) -> Iterator[Served]:
     """`safework serve` on these servers until the block ends."""
     config = folder / "serve.yaml"
+    small = load_config([ROOT / "configs" / "quickstart.yaml"]).config.rewards.judges["safety_small"]
     judged = {name: {**judge(name).model_dump(mode="json"), "server": "plain"} for name in NAMES}
+    judged["safety_small"] = {**small.model_dump(mode="json"), "server": list(servers)[-1]}
     tables = {
         "include": [str(ROOT / "configs" / name) for name in ("base.yaml", "model/smollm2.yaml")],
         "run": {"dir": str(folder / "run")},
         "data": {"train": [{"path": str(folder / "none.jsonl")}]},
         "rewards": {
             "judges": judged,
-            "verifiers": {name: {"judge": name} for name in NAMES},
-            "recipe": {name: {name: 1.0} for name in NAMES},
+            "verifiers": {name: {"judge": name} for name in judged},
+            "recipe": {name: {name: 1.0} for name in judged},
             "cache": False,
         },
         "servers": servers,
@@ -146,34 +149,35 @@ def test_greedy_text_agrees(served: Served, name: str) -> None:
         assert [answer.value for answer in local.generate(asked, 8)] == expected
 
 
-def test_both_engines_score_at_once_through_one_server(served: Served, tmp_path: Path) -> None:
-    file = tmp_path / "answers.jsonl"
-    records = [
-        {
-            "id": f"{label}-{prompt.id}",
-            "prompt": [message._asdict() for message in prompt.messages],
-            "response": response,
-            "label": label,
-            "reference": "yes",
-        }
-        for label in ("value", "knowledge", "safety")
-        for prompt, response in pairs()[:24]
+def test_both_engines_train_at_once_through_one_server(served: Served, tmp_path: Path) -> None:
+    """The same rollouts on both, replayed by the same draws, and one server for both trainers."""
+    labels = ("value", "knowledge", "safety_small")
+    prompts = [
+        {"id": f"{label}-{prompt.id}", "label": label, "prompt": [turn._asdict() for turn in prompt.messages]}
+        for label in labels
+        for prompt, _ in pairs()[:8]
     ]
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    outs = {backend: tmp_path / f"{backend}.jsonl" for backend in ENGINES}
-    limit = f"rewards.max_missing={len(records)}"
+    data = write_records(tmp_path / "prompts.jsonl", [{**record, "reference": "yes"} for record in prompts])
+    policy = make_model(tmp_path / "policy", num_hidden_layers=1)
+    words = [
+        f"model.path={policy}",
+        f"data.train=[{{path: {data}}}]",
+        f"rollout={{prompts_per_step: {len(prompts)}, group_size: 4, max_new_tokens: 12}}",
+        "run.steps=1",
+    ]
+    runs = {backend: tmp_path / backend for backend in ENGINES}
     processes = [
-        start("common.cli", "score", served.config, file, "--out", out, f"backend.name={backend}", limit)
-        for backend, out in outs.items()
+        start("common.cli", "train", served.config, *words, f"backend.name={backend}", f"run.dir={folder}")
+        for backend, folder in runs.items()
     ]
     for process in processes:
         _, error = process.communicate(timeout=900)
         assert process.returncode == 0, error
-    first, second = ([json.loads(line) for line in out.read_text().splitlines()] for out in outs.values())
-    assert len(first) == len(records)
+    first, second = (read_lines(folder / "rollouts.jsonl") for folder in runs.values())
+    assert len(first) == 4 * len(prompts)
     for one, other in zip(first, second, strict=True):
-        assert one["verdicts"] == other["verdicts"]
-        assert one["missing"].keys() == other["missing"].keys()
+        assert all(one[key] == other[key] for key in ("draw", "response", "verdicts"))
+        assert one["scores"].keys() == other["scores"].keys()
         for name, score in one["scores"].items():
             assert other["scores"][name] == pytest.approx(score, abs=1e-3)
 
@@ -202,7 +206,7 @@ def kill_once_it_has_answered(url: str, replies: int) -> float:
     while answered(url) < replies:
         time.sleep(0.05)
     port = int(url.rpartition(":")[2])
-    listening = [each for each in psutil.net_connections("tcp") if each.status == "LISTEN" and each.laddr.port == port]
+    listening = [each for each in psutil.net_connections("tcp") if each.status == "LISTEN" and each.laddr[1] == port]
     for pid in {each.pid for each in listening if each.pid}:
         process = psutil.Process(pid)
         for part in [*process.children(recursive=True), process]:
