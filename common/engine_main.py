@@ -62,6 +62,17 @@ def run_verb(engine: Engine, words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("stopped at once; what was done since the last checkpoint is lost.", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        _part_from_lost_readers()
+
+
+def _part_from_lost_readers() -> None:
+    """What is left in the buffers for a reader that has gone would turn the exit status into Python's 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _run(engine: Engine, words: Sequence[str]) -> int:

@@ -30,12 +30,12 @@ if "CHILD" in os.environ:
     open(os.environ["CHILD"], "w").write(str(child.pid))
 if fault == "dies":
     for number in range(30):
-        print("line", number)
+        print("line", number, flush=True)
     sys.exit("CUDA error: no kernel image is available")
 if fault == "rambles":
-    print("ValueError: no such model")
+    print("ValueError: no such model", flush=True)
     for number in range(40):
-        print("leaked", number)
+        print("leaked", number, flush=True)
     sys.exit(1)
 if fault == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
