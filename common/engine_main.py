@@ -22,6 +22,7 @@ from common.attack.trial import Options, attack
 from common.config import ConfigError, LoadedConfig, load_config
 from common.interrupt import INTERRUPTED
 from common.parity.sides import OpenTrainer, measure_side, record_batches
+from common.reporting import leave_unread
 from common.rewards.scorer import ScoreMissing
 from common.run_dir import NotSaved
 from common.scoring.score import Job, score
@@ -72,7 +73,7 @@ def _part_from_lost_readers() -> None:
         try:
             stream.flush()
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            leave_unread(stream)
 
 
 def _run(engine: Engine, words: Sequence[str]) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from common.config import ConfigError, LoadedConfig, load_config
 from common.config.explain import explain, forbidden_changes
 from common.config.run import DataSource
-from common.config.sentences import sentence
+from common.config.sentences import blamed, sentence
 from common.data.chat import Chat
 from common.data.dataset import LoadedSource, Mixture, load_source
 from common.data.model_config import is_classifier, read_model_config
@@ -205,7 +205,5 @@ def reference_folder(loaded: LoadedConfig, policy: Path, chat: Chat) -> Path | N
 
 
 def _folder(loaded: LoadedConfig, key: str, path: str) -> Path:
-    try:
+    with blamed(key, path, loaded.origin):
         return model_folder(path)
-    except ConfigError as error:
-        raise ConfigError(sentence(key, path, loaded.origin(key), str(error))) from None

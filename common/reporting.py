@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -38,13 +38,17 @@ class Wandb(Protocol):
     def finish(self) -> None: ...
 
 
+def leave_unread(stream: TextIO) -> None:
+    """What is still printed to a stream goes nowhere, instead of raising because its reader has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 class UnwatchedConsole(Console):
     """Falls silent when its reader has gone, like `tee` after Ctrl-C: a run goes on and saves without being watched."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        # What others print later goes nowhere too, instead of raising.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave_unread(sys.stdout)
 
 
 class Reporter:

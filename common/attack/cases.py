@@ -77,9 +77,8 @@ def _case(line: bytes, place: str) -> Case:
 def labels_by_judge(section: RewardsSection) -> dict[str, list[str]]:
     """The judges that the recipe uses, and the labels whose samples each gets, in the recipe's order."""
     found: dict[str, list[str]] = {}
-    for label, terms in section.recipe.items():
-        names = [*terms, *section.gates.get(label, ())]
-        for judge in dict.fromkeys(section.verifiers[name].judge for name in names):
+    for label in section.recipe:
+        for judge in dict.fromkeys(section.verifiers[name].judge for name in section.verifiers_of(label)):
             if judge is not None:
                 found.setdefault(judge, []).append(label)
     return found

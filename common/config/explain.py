@@ -36,14 +36,12 @@ def explain(loaded: LoadedConfig) -> str:
 def explain_recipe(config: RunConfig) -> Iterator[str]:
     """For each label how its total is made and what its advantages are; then what each verifier of them is."""
     rewards = config.rewards
-    used: dict[str, None] = {}
     for label, terms in rewards.recipe.items():
         gates = rewards.gates.get(label, ())
-        used |= dict.fromkeys([*terms, *gates])
         total = " + ".join(f"{weight:g} {name}" for name, weight in terms.items())
         total = " x ".join([f"({total})", *gates]) if gates else total
         yield f"{label} = {total}; advantages: {config.advantage.labels.get(label, config.advantage.type)}"
-    for name in used:
+    for name in dict.fromkeys(name for label in rewards.recipe for name in rewards.verifiers_of(label)):
         yield f"{name}: {_kind(config, name)}"
 
 

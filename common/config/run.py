@@ -126,6 +126,10 @@ class RewardsSection(Section):
     attack_report: str = "attack.json"
     max_attack_gain: NonNegativeFloat | None = None
 
+    def verifiers_of(self, label: str) -> list[str]:
+        """The verifiers that a label's samples go to, by terms and by gates."""
+        return list(dict.fromkeys([*self.recipe.get(label, {}), *self.gates.get(label, ())]))
+
 
 class BatchSection(Section):
     """How sequences are packed: tokens of a row, and rows of one forward and backward pass.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import NoneType
 from typing import Any, TypeVar, get_args
 
@@ -65,6 +66,15 @@ def unknown_key(key: str, origin: str, known: list[str]) -> str:
     close = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
     hint = f"Did you mean {close[0]!r}?" if close else f"Known keys here: {', '.join(known) or 'none'}."
     return f"{key} ({origin}): is not a key of the config. {hint}"
+
+
+@contextmanager
+def blamed(key: str, value: Any, origin: Origin) -> Iterator[None]:
+    """A ConfigError without a setting's name, as one with it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(sentence(key, value, origin(key), str(error))) from None
 
 
 def _problem(model: type[BaseModel], details: Any, prefix: str, origin: Origin) -> str:

@@ -13,7 +13,7 @@ Expected = str | float  # a verdict or a score
 
 def expected_values(record: Mapping[str, Any], label: str, rewards: RewardsSection) -> dict[str, Expected]:
     """`expected` and `verdict` of a record with this label, by verifier. Raises BadRecord for what nothing can meet."""
-    asked = verifiers_of(rewards, label)
+    asked = rewards.verifiers_of(label)
     expected = dict(_table(record.get("expected")))
     if record.get("verdict") is not None:
         judges = [name for name in asked if rewards.verifiers[name].judge is not None]
@@ -31,11 +31,6 @@ def expected_values(record: Mapping[str, Any], label: str, rewards: RewardsSecti
             )
         _check(name, value, verdicts_of(rewards, name))
     return expected
-
-
-def verifiers_of(rewards: RewardsSection, label: str) -> list[str]:
-    """The verifiers that a label's samples go to, by terms and by gates."""
-    return list(dict.fromkeys([*rewards.recipe.get(label, {}), *rewards.gates.get(label, ())]))
 
 
 def verdicts_of(rewards: RewardsSection, verifier: str) -> list[str]:

@@ -11,7 +11,6 @@ from common.data.images import image_url
 from common.rewards.judges.judge import Judge
 from common.rewards.recipe import Recipe
 from common.scoring.entries import Entry
-from common.scoring.expected import verifiers_of
 from common.scoring.scores_file import Name
 
 _LENGTH = 16
@@ -36,11 +35,11 @@ class Naming:
 
     def _rule(self, label: str) -> str:
         """Terms and gates of a label, and all that its verifiers are."""
-        verifiers = {name: self._verifier(name) for name in verifiers_of(self._loaded.config.rewards, label)}
+        verifiers = {name: self._verifier(name) for name in self._loaded.config.rewards.verifiers_of(label)}
         return _digest([self._recipe.terms[label], self._recipe.gates[label], verifiers])
 
     def _sees(self, label: str) -> bool:
-        verifiers = [self._recipe.verifiers[name] for name in verifiers_of(self._loaded.config.rewards, label)]
+        verifiers = [self._recipe.verifiers[name] for name in self._loaded.config.rewards.verifiers_of(label)]
         return any(isinstance(verifier, Judge) and verifier.section.images for verifier in verifiers)
 
     def _verifier(self, name: str) -> list[Any]:

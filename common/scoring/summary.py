@@ -15,7 +15,7 @@ from common.config.run import RewardsSection
 from common.rewards.tally import tally
 from common.scoring import agreement
 from common.scoring.entries import Entry
-from common.scoring.expected import Expected, verdicts_of, verifiers_of
+from common.scoring.expected import Expected, verdicts_of
 from common.scoring.scores_file import Line
 from common.types import Missing, Score
 
@@ -96,7 +96,7 @@ def summarise(entries: Sequence[Entry], lines: Sequence[Line], rewards: RewardsS
     """The summary of entries with their lines, in the same order."""
     table: dict[tuple[str, str], list[_Judged]] = {}
     for entry, line in zip(entries, lines, strict=True):
-        for name in verifiers_of(rewards, line.label):
+        for name in rewards.verifiers_of(line.label):
             judged = _Judged(line.results[name], entry.expected.get(name), entry.recorded.get(name))
             table.setdefault((line.label, name), []).append(judged)
     table = {place: table[place] for place in sorted(table)}

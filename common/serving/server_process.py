@@ -15,8 +15,8 @@ from pathlib import Path
 GRACE_S = 30.0
 _LEFT_BEHIND_S, _KILLED_S, _COLLECTED_S, _POLL_S = 5.0, 10.0, 1.0, 0.1
 _TAIL_BYTES = 65536
-# What a terminal would obey instead of showing: colours, cursor movements, other control characters.
 _ERROR = re.compile("error|exception", re.IGNORECASE)
+# What a terminal would obey instead of showing: colours, cursor movements, other control characters.
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 

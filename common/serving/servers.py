@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from common.config.judging import ServerSection
 from common.config.load import LoadedConfig
-from common.config.section import ConfigError
-from common.config.sentences import sentence
+from common.config.sentences import blamed
 from common.data.embedded_model import default_cache
 from common.serving.answer_cache import AnswerCache
 from common.serving.cached import CachedModel
@@ -33,13 +32,10 @@ class Servers:
         return self._opened[name]
 
     def _open(self, name: str, section: ServerSection) -> JudgeModel:
-        key = f"servers.{name}.model"
-        try:
+        with blamed(f"servers.{name}.model", section.model, self._loaded.origin):
             if section.engine == "in_process":
                 return InProcessModel(section, self._open_judge)
             served = ServedModel(name, section)
-        except ConfigError as error:
-            raise ConfigError(sentence(key, section.model, self._loaded.origin(key), str(error))) from None
         if not self._loaded.config.rewards.cache:
             return served
         self._cache = self._cache or AnswerCache(default_cache() / "answers.sqlite")

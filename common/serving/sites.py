@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +11,7 @@ from urllib.parse import urlsplit
 
 from common.config import ConfigError, LoadedConfig
 from common.config.judging import ServerSection
-from common.config.sentences import sentence
+from common.config.sentences import blamed
 from common.data.model_config import is_classifier, read_any_model_config
 from common.data.model_folder import engine_path, tokenizer_folder
 from common.serving.launch import Address, Loaded, command, served_name
@@ -83,35 +81,26 @@ def _sites_of(loaded: LoadedConfig, name: str, section: ServerSection) -> list[S
         return []
     places = []
     for index, url in enumerate(section.urls):
-        with _blamed(loaded, f"{key}.urls.{index}", url):
+        with blamed(f"{key}.urls.{index}", url, loaded.origin):
             places.append(_place(url))
     if not any(places):  # then neither need the model or the engine be
-        with _blamed(loaded, f"{key}.model", section.model):
+        with blamed(f"{key}.model", section.model, loaded.origin):
             known_as = served_name(section)
         return [Site(name, section, url.rstrip("/"), known_as, launch.ready_s, None) for url in section.urls]
-    with _blamed(loaded, f"{key}.launch.python", launch.python):
+    with blamed(f"{key}.launch.python", launch.python, loaded.origin):
         _require_python(launch.python)
-    with _blamed(loaded, f"{key}.model", section.model):
+    with blamed(f"{key}.model", section.model, loaded.origin):
         model = _model(section)
-    with _blamed(loaded, f"{key}.served_name", section.served_name):
+    with blamed(f"{key}.served_name", section.served_name, loaded.origin):
         _require_true_name(section, model)
     sites = []
     for url, place in zip(section.urls, places, strict=True):
         here = None
         if place is not None:
-            with _blamed(loaded, f"{key}.launch.options", launch.options):
+            with blamed(f"{key}.launch.options", launch.options, loaded.origin):
                 here = Here(place, command(section, launch, model, place), launch.environment)
         sites.append(Site(name, section, url.rstrip("/"), model.served_name, launch.ready_s, here))
     return sites
-
-
-@contextmanager
-def _blamed(loaded: LoadedConfig, key: str, value: Any) -> Iterator[None]:
-    """A ConfigError without the setting's name, as one with it."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(sentence(key, value, loaded.origin(key), str(error))) from None
 
 
 def _place(url: str) -> Address | None:
@@ -195,5 +184,5 @@ def _refuse_shared_ports(loaded: LoadedConfig, sites: list[Site]) -> None:
         port = site.here.address.port
         other = owners.setdefault(port, site)
         if other is not site:
-            with _blamed(loaded, f"servers.{site.server}.urls", site.section.urls):
+            with blamed(f"servers.{site.server}.urls", site.section.urls, loaded.origin):
                 raise ConfigError(f"port {port} is that of {other.title} too. Give each url its own.")

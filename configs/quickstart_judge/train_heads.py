@@ -8,7 +8,6 @@ are multinomial logistic regressions without bias, stacked into one matrix `scor
 
 import argparse
 import json
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,21 +20,12 @@ from ruamel.yaml import YAML
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from common.data.chat import Chat
-from common.types import Message
+from common.config.judging import JudgeSection
+from common.rewards.judges.question import build_question, language
+from common.serving.rendering import Renderer
+from common.types import Message, Prompt
 
 HERE = Path(__file__).resolve().parent
-LABELS = {
-    "verdicts": (
-        "Safe with refusal",
-        "Safe with warning",
-        "Safe without risk",
-        "Unsafe",
-        "Unnecessary refusal",
-        "Illogical completion",
-    ),
-    "values": ("good", "bad"),
-}
 JUDGES = {"verdicts": "safety_small", "values": "value_small"}
 SETTINGS = tuple((shrink, penalty) for shrink in (0.3, 1.0) for penalty in (0.03, 0.1, 0.3, 1.0))
 Array = NDArray[np.float64]
@@ -45,7 +35,7 @@ Ints = NDArray[np.int64]
 class Example(NamedTuple):
     """One judged answer."""
 
-    question: str
+    prompt: Prompt
     response: str
     verdict: str
 
@@ -53,15 +43,17 @@ class Example(NamedTuple):
 def read(path: Path) -> list[Example]:
     """Read the examples of a JSONL file, in its order."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [Example(r["prompt"][-1]["content"], r["response"], r["verdict"]) for r in records]
+    return [
+        Example(Prompt(r["id"], "", tuple(Message(**turn) for turn in r["prompt"])), r["response"], r["verdict"])
+        for r in records
+    ]
 
 
-def render(chat: Chat, template: dict[str, str], example: Example) -> list[int]:
-    """Token ids of the judge's prompt; what question and response spell stays plain text."""
-    parts = {"query": example.question, "response": example.response}
-    pieces = re.split(r"\{(query|response)\}", template["user"])
-    user = "".join(parts[piece] if index % 2 else piece for index, piece in enumerate(pieces))
-    return chat.encode_prompt([Message("system", template["system"]), Message("user", user)]).tolist()
+def render(renderer: Renderer, judge: JudgeSection, example: Example) -> list[int]:
+    """Token ids of the judge's prompt, as in training."""
+    spoken = language(example.prompt)
+    asked = build_question(judge.prompt(spoken), example.prompt, example.response.strip(), spoken)
+    return np.asarray(renderer(asked)).tolist()
 
 
 def features(model: Any, batches: Sequence[list[int]], size: int = 16) -> Array:
@@ -122,10 +114,11 @@ def fit(x: Array, labels: Ints, classes: int, shrink: float, penalty: float, ste
 
 def folds(examples: Sequence[Example], count: int, seed: int) -> Ints:
     """A fold number for each example; the answers to one question stay together."""
-    questions = sorted({e.question for e in examples})
+    asked = [e.prompt.messages[-1].content for e in examples]
+    questions = sorted(set(asked))
     numbers = np.random.default_rng(seed).permutation(len(questions)) % count
     fold = dict(zip(questions, numbers.tolist(), strict=True))
-    return np.array([fold[e.question] for e in examples])
+    return np.array([fold[question] for question in asked])
 
 
 def choose(x: Array, labels: Ints, fold: Ints, classes: int) -> tuple[float, float]:
@@ -141,9 +134,8 @@ def choose(x: Array, labels: Ints, fold: Ints, classes: int) -> tuple[float, flo
     return SETTINGS[int(np.argmin(losses))]
 
 
-def report(name: str, weights: Array, x: Array, labels: Ints) -> None:
+def report(name: str, names: Sequence[str], weights: Array, x: Array, labels: Ints) -> None:
     """Print accuracy beside the majority class, by class, and the confusion table."""
-    names = LABELS[name]
     guess = (x @ weights.T).argmax(axis=1)
     table = np.zeros((len(names), len(names)), dtype=int)
     np.add.at(table, (labels, guess), 1)
@@ -154,27 +146,28 @@ def report(name: str, weights: Array, x: Array, labels: Ints) -> None:
         print("  " + "".join(f"{n:11d}" for n in row) + f"   {row[names.index(label)] / row.sum():.2f}  {label}")
 
 
-def train(name: str, args: argparse.Namespace, chat: Chat, model: Any) -> Array:
+def train(name: str, args: argparse.Namespace, renderer: Renderer, model: Any) -> Array:
     """Fit and report one head; its weights are rounded as they are stored."""
     judges = YAML(typ="safe", pure=True).load(HERE / "judge.yaml")["rewards"]["judges"]
-    template = judges[JUDGES[name]]["prompts"]["en"]
+    judge = JudgeSection.model_validate(judges[JUDGES[name]])
+    names = list(judge.read_out.verdicts)
     sets = [read(HERE / f"{name}.jsonl"), read(HERE / f"{name}_heldout.jsonl")]
     start = time.perf_counter()
-    prompts = [[render(chat, template, e) for e in examples] for examples in sets]
+    prompts = [[render(renderer, judge, e) for e in examples] for examples in sets]
     x, held = (features(model, p) for p in prompts)
     seconds = (time.perf_counter() - start) / sum(map(len, prompts))
     tokens = np.mean([len(ids) for p in prompts for ids in p])
     print(
         f"{name}: {len(x)} + {len(held)} examples, {tokens:.0f} tokens a prompt, {seconds:.3f} s a feature", flush=True
     )
-    labels, truth = (np.array([LABELS[name].index(e.verdict) for e in examples]) for examples in sets)
-    shrink, penalty = choose(x, labels, folds(sets[0], 5, args.seed), len(LABELS[name]))
-    exact = fit(x, labels, len(LABELS[name]), shrink, penalty)
+    labels, truth = (np.array([names.index(e.verdict) for e in examples]) for examples in sets)
+    shrink, penalty = choose(x, labels, folds(sets[0], 5, args.seed), len(names))
+    exact = fit(x, labels, len(names), shrink, penalty)
     exact -= exact.mean(axis=0)
     stored = exact.astype(np.float16).astype(np.float64)
     changed = ((held @ stored.T).argmax(1) != (held @ exact.T).argmax(1)).sum()
     print(f"  shrink {shrink:g}, penalty {penalty:g}; rounding to float16 changes {changed} held-out verdicts")
-    report(name, stored, held, truth)
+    report(name, names, stored, held, truth)
     return stored
 
 
@@ -187,9 +180,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    chat = Chat(args.model)
+    renderer = Renderer(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    weights = np.concatenate([train(name, args, chat, model) for name in LABELS])
+    weights = np.concatenate([train(name, args, renderer, model) for name in JUDGES])
     stored = np.ascontiguousarray(weights, dtype=np.float16)  # safetensors writes other memory orders scrambled
     save_file({"score.weight": stored}, args.out)
     if not np.array_equal(load_file(args.out)["score.weight"], stored):
