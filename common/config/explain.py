@@ -108,6 +108,8 @@ def forbidden_changes(saved: RunConfig, now: RunConfig) -> list[str]:
 
 def _leaves(table: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in table.items():
+        if key == "verdicts":  # in a head the first verdict is the first output
+            yield f"{prefix}{key} in their order", list(value)
         if isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{key}.")
         else:

@@ -16,12 +16,16 @@ evidence; None where there is none, which counts as missing.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from common.config.section import ConfigError
@@ -49,6 +53,11 @@ class Custom(Verifier):
 def custom_rule(name: str, path: str, options: Mapping[str, Any], key: str, origin: Origin) -> Verifier:
     """The verifier of a `module:function`. Raises ConfigError when there is none."""
     function = _imported(path, f"{key}.rule", origin)
+    try:
+        inspect.signature(function).bind(None, **options)
+    except TypeError as error:
+        problem = f"{path} does not take them ({error}). Correct the options or the function."
+        raise ConfigError(sentence(f"{key}.options", dict(options), origin(f"{key}.options"), problem)) from error
     judge = partial(function, **options)
     return Custom(name, lambda samples: [judge(sample) for sample in samples])
 
@@ -61,6 +70,12 @@ def custom_reward_model(name: str, path: str, options: Mapping[str, Any], key: s
     except TypeError as error:
         problem = f"{path} cannot be made with them ({error}). Correct the options or the class."
         raise ConfigError(sentence(f"{key}.options", dict(options), origin(f"{key}.options"), problem)) from error
+
+
+def source_digest(path: str) -> str:
+    """SHA-256 of the file that a `module:name` in use was imported from, so that code that changed is told apart."""
+    file = inspect.getsourcefile(sys.modules[path.partition(":")[0]])
+    return "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def _imported(path: str, key: str, origin: Origin) -> Any:
@@ -80,10 +95,13 @@ def _imported(path: str, key: str, origin: Origin) -> Any:
 def _checked(score: Any) -> Score | Missing:
     if score is None or isinstance(score, Missing):
         return score or Missing("the user's code gave no score")
+    number = score.value if isinstance(score, Score) else score
+    if isinstance(number, str):  # float would read it
+        return Missing(f"the user's code gave {number!r}, which is no number")
     try:
-        value = float(score.value if isinstance(score, Score) else score)
+        value = float(number)
     except (TypeError, ValueError):
         return Missing(f"the user's code gave {score!r}, which is no number")
     if not math.isfinite(value):
         return Missing(f"the user's code gave {value}, which is not finite")
-    return score if isinstance(score, Score) else Score(value, f"{value:.4g}")
+    return replace(score, value=value) if isinstance(score, Score) else Score(value, f"{value:.4g}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from common.config import LoadedConfig
 from common.data.images import image_url
+from common.rewards.custom import source_digest
 from common.rewards.judges.judge import Judge
 from common.rewards.recipe import Recipe
 from common.scoring.entries import Entry
@@ -44,9 +45,12 @@ class Naming:
 
     def _verifier(self, name: str) -> list[Any]:
         config, verifier = self._loaded.config, self._recipe.verifiers[name]
-        parts: list[Any] = [config.rewards.verifiers[name].model_dump()]
+        section = config.rewards.verifiers[name]
+        parts: list[Any] = [section.model_dump()]
+        parts += [source_digest(path) for path in (section.rule, section.reward_model) if path and ":" in path]
         if isinstance(verifier, Judge):
-            parts += [verifier.section.model_dump(), verifier.model.identity]
+            # As JSON: the order of verdicts says which output of a head is which, and a sorted table would lose it.
+            parts += [verifier.section.model_dump_json(), verifier.model.identity]
             if config.servers[verifier.section.server].engine == "in_process":
                 parts += [config.backend.name, config.backend.dtype]
         return parts

@@ -64,7 +64,7 @@ class CachedModel:
         known = {key: Answer(unpack(answer), cached) for key, answer in held.items()}
         new = {key: question for key, question in zip(keys, questions, strict=True) if key not in known}
         asked = dict(zip(new, ask(list(new.values())), strict=True)) if new else {}
-        self._cache.put({key: pack(a.value) for key, a in asked.items() if not isinstance(a.value, Missing)})
+        self._cache.put({key: pack(a.value) for key, a in asked.items() if _worth_keeping(a.value)})
         answers = []
         for key in keys:
             answers.append(known[key] if key in known else asked[key])
@@ -76,6 +76,11 @@ class CachedModel:
         parts = [part if isinstance(part, str) else [image_url(part.source)] for part in question.user]
         whole = json.dumps([self.identity, kind, question.system, parts])
         return hashlib.sha256(whole.encode()).digest()
+
+
+def _worth_keeping(value: Any) -> bool:
+    """Whether it is an answer: neither missing nor numbers of which one is none, which another try may mend."""
+    return not isinstance(value, Missing) and (isinstance(value, str) or bool(np.isfinite(value).all()))
 
 
 def _packed(values: np.ndarray) -> bytes:

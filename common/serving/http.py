@@ -212,6 +212,10 @@ class Replicas:
         task.started_at = task.started_at or now
         task.deadline = task.deadline or now + self._section.deadline_s
         left, last_try = task.deadline - now, task.tries > self._section.retries
+        if left <= 0:  # it waited too long behind others, and aiohttp would take this for no limit at all
+            late = f"no reply within {self._section.deadline_s:g} s (server {self._name}; at last: {self._last_fault})"
+            self._end(task, CallFailed(late))
+            return
         # Half of what is left, so that another replica can still be asked when this one hangs.
         limit_s = left if last_try else left / 2
         try:

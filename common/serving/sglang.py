@@ -54,6 +54,9 @@ def _prompt(question: Rendered) -> dict[str, Any]:
 
 
 def _text(reply: Any) -> str:
+    reason = reply["meta_info"].get("finish_reason")
+    if isinstance(reason, dict) and reason.get("type") == "abort":
+        raise ValueError("the answer was broken off")
     if not isinstance(reply["text"], str):
         raise TypeError("the text is none")
     return reply["text"]

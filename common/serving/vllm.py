@@ -73,14 +73,16 @@ def head(name: str, question: Rendered) -> Call:
 
 
 def _text(reply: Any) -> str:
-    return _checked(reply["choices"][0]["text"])
+    return _checked(reply["choices"][0]["text"], reply)
 
 
 def _chat_text(reply: Any) -> str:
-    return _checked(reply["choices"][0]["message"]["content"])
+    return _checked(reply["choices"][0]["message"]["content"], reply)
 
 
-def _checked(text: Any) -> str:
+def _checked(text: Any, reply: Any) -> str:
+    if reply["choices"][0].get("finish_reason") in ("abort", "error"):
+        raise ValueError("the answer was broken off")
     if not isinstance(text, str):
         raise TypeError("the text is none")
     return text

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from common.config import RunConfig, load_config
 from common.config.explain import explain, forbidden_changes
 from common.config.method import CLIP_DEFAULTS
+from tests.training import ROOT
 
 RUN_FILE = """\
 run:
@@ -302,3 +303,12 @@ def test_what_a_resumed_run_may_change(run_file: Path) -> None:
     changes = forbidden_changes(before, load_config([run_file], words).config)
     assert [line.split(":")[0] for line in changes] == ["data.train", "rewards.recipe.more.answer", "run.seed"]
     assert "run.seed: was 0, is 1" in changes
+
+
+def test_the_order_of_verdicts_is_that_of_a_heads_outputs() -> None:
+    verdicts = "rewards.judges.value_small.read_out.verdicts"
+    before, after = (
+        load_config([ROOT / "configs" / "quickstart.yaml"], [f"{verdicts}={table}"]).config
+        for table in ("{good: 1.0, bad: 0.0}", "{bad: 0.0, good: 1.0}")
+    )
+    assert forbidden_changes(before, after) == [f"{verdicts} in their order: was ['good', 'bad'], is ['bad', 'good']"]

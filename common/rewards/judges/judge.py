@@ -28,7 +28,8 @@ class Judge(Verifier):
 
     def check_reference(self, prompt: Prompt) -> None:
         """Raise ValueError when the judge's prompt needs a reference that is not there, or images it cannot show."""
-        if prompt.reference is None and self.section.compares:
+        blank = prompt.reference is None or (isinstance(prompt.reference, str) and not prompt.reference.strip())
+        if blank and self.section.compares:
             raise ValueError("the judge compares with a reference, and the prompt has none. Give it one.")
         if prompt.images and not self.section.images:
             raise ValueError(

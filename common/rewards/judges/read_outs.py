@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,7 +13,18 @@ from common.config.judging import ReadOutSection
 from common.serving.model import JudgeModel, Question
 from common.types import Asked, Missing, Score
 
+# What may stand before an answer without being part of it: marks alone, or a word such as "Verdict:" or "得分是".
+_LEAD = re.compile(
+    r"\W*(?:(?:the|my|final)\s+)*(?:verdict|answer|conclusion|judge?ment|score|grade|rating|mark"
+    r"|结论|结果|判断|答案|得分|评分|分数)?\s*(?:is|是|为)?\W*",
+    re.IGNORECASE,
+)
+_NEGATION = re.compile(
+    r"(?:\b(?:not|no|never|non|un|hardly|neither)|n't|n’t|不是|并非|不|非)(?:\s+(?:a|an|the|very|really|quite))?[\s\"'“*-]*\Z",
+    re.IGNORECASE,
+)
 _NUMBER = re.compile(r"[-+]?[\d.,/]*\d[\d.,/%]*")
+_GOES_ON = re.compile(r"\s*(?:[/⁄%½¼¾]|(?:out )?of\b|or\b|to\b|percent|e[-+]?\d|[.,]\d|[-–~]\s*\d)", re.IGNORECASE)
 _DECIMAL = re.compile(r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)")
 _LONGEST_EVIDENCE = 200
 
@@ -44,25 +56,37 @@ def read_text(section: ReadOutSection, text: str) -> Score | Missing:
 
 
 def _verdict(section: ReadOutSection, text: str) -> Score | Missing:
-    """The verdict that begins first, the longest where several do; case does not count, whole words do."""
+    """The verdict that begins first, the longest where several do; case does not count, whole words do.
+
+    A verdict that is denied is none. Behind other words than "Verdict:" and the like it must be the only one: the first
+    of several may be one that the judge quotes.
+    """
     longest_first = sorted(section.verdicts, key=len, reverse=True)
     # ASCII: "结论是Unsafe" holds the word Unsafe.
     pattern = "|".join(rf"(?<![A-Za-z0-9_]){re.escape(verdict)}(?![A-Za-z0-9_])" for verdict in longest_first)
-    match = re.search(pattern, text, re.IGNORECASE)
-    if match is None:
+    found = list(re.finditer(pattern, text, re.IGNORECASE))
+    if not found:
         return Missing(f"the judge wrote none of its verdicts but {_shown(text)}", unparsable=True)
-    verdict = next(verdict for verdict in section.verdicts if verdict.casefold() == match[0].casefold())
+    match, before = found[0], text[: found[0].start()]
+    several = len({one[0].casefold() for one in found}) > 1
+    if _NEGATION.search(before) or (several and not _LEAD.fullmatch(before)):
+        return Missing(f"the judge denied a verdict or named several in {_shown(text)}", unparsable=True)
+    # By the pattern's own idea of case: it takes a Turkish dotless i for an i, and casefold does not.
+    verdict = next(v for v in longest_first if re.fullmatch(re.escape(v), match[0], re.IGNORECASE))
     return Score(section.verdicts[verdict], _shown(text), verdict)
 
 
 def _number(section: ReadOutSection, text: str) -> Score | Missing:
     """The first number, moved to the nearest grade, to the lower one between two; only from within their range.
 
-    A fraction, a percentage or a decimal comma is not read: its first digits would be another number.
+    A fraction, a percentage or a decimal comma is not read: its first digits would be another number. Nor is a number
+    behind other words than "Score:" and the like: it may count something else.
     """
-    match = _NUMBER.search(text)
+    plain = unicodedata.normalize("NFKC", text).replace("\N{MINUS SIGN}", "-")
+    match = _NUMBER.search(plain)
     written = "" if match is None else match[0].rstrip(".,")
-    number = float(written) if _DECIMAL.fullmatch(written) else None
+    alone = match is not None and _LEAD.fullmatch(plain[: match.start()]) and not _GOES_ON.match(plain[match.end() :])
+    number = float(written) if alone and _DECIMAL.fullmatch(written) else None
     if number is None or not min(section.grades) <= number <= max(section.grades):
         return Missing(f"the judge wrote no number of its scale but {_shown(text)}", unparsable=True)
     grade = min(sorted(section.grades), key=lambda grade: abs(grade - number))

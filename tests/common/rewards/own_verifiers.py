@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from common.types import Missing, Sample, Score
 
 
@@ -23,6 +25,9 @@ def odd(sample: Sample) -> object:
         "bad score": Score(float("inf"), "all of it"),
         "missing": Missing("not today"),
         "true": True,
+        "digits": "0.5",
+        "score of digits": Score("0.5", "a half"),  # type: ignore[arg-type]
+        "numpy": Score(np.float32(0.5), "a half"),  # type: ignore[arg-type]
     }
     return choices[sample.rollout.text]
 

@@ -38,7 +38,7 @@ def test_a_class_is_made_once_and_called_with_all() -> None:
     assert reward_model("LengthRM", scale=0.5).score([sample("four"), sample("")]) == [Score(2.0, "2"), Score(0.0, "0")]
 
 
-@pytest.mark.parametrize("text", ["none", "nan", "text", "bad score", "missing"])
+@pytest.mark.parametrize("text", ["none", "nan", "text", "bad score", "missing", "digits", "score of digits"])
 def test_what_is_no_number_is_missing(text: str) -> None:
     (found,) = rule("odd").score([sample(text)])
     assert isinstance(found, Missing)
@@ -46,6 +46,16 @@ def test_what_is_no_number_is_missing(text: str) -> None:
 
 def test_scores_with_evidence_and_truth_values_are_numbers() -> None:
     assert rule("odd").score([sample("score"), sample("true")]) == [Score(0.25, "a quarter"), Score(1.0, "1")]
+
+
+def test_scores_are_plain_numbers_that_can_be_written() -> None:
+    (found,) = rule("odd").score([sample("numpy")])
+    assert isinstance(found, Score) and type(found.value) is float
+
+
+def test_options_that_the_function_does_not_take() -> None:
+    with pytest.raises(ConfigError, match=r"^rewards.verifiers.mine.options = .*does not take them"):
+        rule("shouts", limt=1)
 
 
 def test_too_few_scores_are_refused() -> None:

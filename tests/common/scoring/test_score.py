@@ -297,6 +297,20 @@ def test_lines_are_read_as_they_were_written() -> None:
     assert line.to_json().startswith(b'{"key": "') and line.to_json().count(b"\n") == 1
 
 
+def test_scores_by_code_that_was_edited_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = tmp_path / "edited_rule.py"
+    code.write_text("def half(sample):\n    return 0.5\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run_file, out = rules_run(tmp_path, shouts={"rule": "edited_rule:half"}), tmp_path / "scores.jsonl"
+    assert score_here(run_file, answers(tmp_path), out) == 0
+    assert score_here(run_file, answers(tmp_path), out) == 0
+    code.write_text("def half(sample):\n    return 0.25\n")
+    assert score_here(run_file, answers(tmp_path), out) == 1
+    assert "comes of other records or verifiers" in capsys.readouterr().err
+
+
 # Judges over HTTP -----------------------------------------------------------------------------------------------------
 
 
@@ -332,6 +346,8 @@ def test_unparsable_answers_and_those_from_the_cache_are_counted(
         vllm.text = "Good."
         assert score_here(run_file, file, tmp_path / "scores.jsonl") == 0
         assert summary(tmp_path)["agreements"][0]["accuracy"] == 1.0
+        swapped = "rewards.judges.kind.read_out.verdicts={bad: 0.0, good: 1.0}"
+        assert score_here(run_file, file, tmp_path / "scores.jsonl", swapped) == 1
         (tmp_path / "scores.jsonl").unlink()
         asked = len(vllm.asked)
         assert score_here(run_file, file, tmp_path / "scores.jsonl") == 0

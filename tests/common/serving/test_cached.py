@@ -78,6 +78,15 @@ def test_what_is_missing_is_asked_again(cache: AnswerCache) -> None:
     assert not answer.asked.cached
 
 
+def test_outputs_that_are_no_numbers_are_asked_again(cache: AnswerCache) -> None:
+    counting = Counting()
+    counting.asked = float("nan")  # type: ignore[assignment]
+    (answer,) = CachedModel(counting, cache).head([question("a")])
+    assert np.isnan(answer.value[0])  # type: ignore[index]
+    (answer,) = CachedModel(Counting(), cache).head([question("a")])
+    assert not answer.asked.cached
+
+
 def test_everything_that_changes_an_answer_is_in_its_key(cache: AnswerCache, tmp_path: Path) -> None:
     image = tmp_path / "a.png"
     image.write_bytes(b"one")

@@ -178,6 +178,14 @@ def test_a_hanging_server_ends_at_the_deadline() -> None:
     assert all(isinstance(result, CallFailed) and "judge" in str(result) for result in results)
 
 
+def test_a_retry_whose_turn_comes_too_late_is_not_sent() -> None:
+    with stand_in(hanging) as url, replicas(url, concurrency=1, deadline_s=1.0, retries=3) as opened:
+        started = time.monotonic()
+        results = results_of(opened, calls(2))
+        assert time.monotonic() - started < 4
+    assert all(isinstance(result, CallFailed) for result in results)
+
+
 def test_a_server_that_is_down_ends_at_the_deadline() -> None:
     url = f"http://127.0.0.1:{closed_port()}"
     with replicas(url, deadline_s=1.0) as opened:
