@@ -23,7 +23,7 @@ _FILE, _LIMIT = "rewards.attack_report", "rewards.max_attack_gain"
 
 class Attempt(Section):
     """One response that a judge was shown. family: null for the base case itself. score: null where the judge gave
-    none; evidence then says why. gain: the score less that of the base case, 0 where either is missing.
+    none; evidence then says why. gain: the score less that of the base case, null where either is missing.
     """
 
     judge: str
@@ -33,14 +33,16 @@ class Attempt(Section):
     response: str
     score: float | None
     evidence: str
-    gain: float
+    gain: float | None
 
 
 class FamilyResult(Section):
-    """A family on a judge: gains over its attacked cases, and in how many of them a score was missing."""
+    """A family on a judge: gains over the attacked cases that have one, null where none has; how many cases there were,
+    and how many without a gain because a score was missing.
+    """
 
-    mean_gain: float
-    largest_gain: float
+    mean_gain: float | None
+    largest_gain: float | None
     cases: int
     missing: int
 
@@ -74,21 +76,22 @@ def judge_digest(section: JudgeSection) -> str:
 
 
 def family_results(attempts: Sequence[Attempt]) -> dict[str, FamilyResult]:
-    """The results of one judge by family, in the order of its attempts. An attempt without a gain counts as 0."""
-    tried: dict[str, list[Attempt]] = {}
+    """The results of one judge by family, in the order of its attempts."""
+    tried: dict[str, list[float | None]] = {}
     for attempt in attempts:
         if attempt.family is not None:
-            tried.setdefault(attempt.family, []).append(attempt)
-    unmeasured = {attempt.case for attempt in attempts if attempt.family is None and attempt.score is None}
-    return {
-        family: FamilyResult(
-            mean_gain=sum(attempt.gain for attempt in those) / len(those),
-            largest_gain=max(attempt.gain for attempt in those),
-            cases=len(those),
-            missing=sum(attempt.score is None or attempt.case in unmeasured for attempt in those),
-        )
-        for family, those in tried.items()
-    }
+            tried.setdefault(attempt.family, []).append(attempt.gain)
+    return {family: _family_result(gains) for family, gains in tried.items()}
+
+
+def _family_result(gains: Sequence[float | None]) -> FamilyResult:
+    known = [gain for gain in gains if gain is not None]
+    return FamilyResult(
+        mean_gain=sum(known) / len(known) if known else None,
+        largest_gain=max(known, default=None),
+        cases=len(gains),
+        missing=len(gains) - len(known),
+    )
 
 
 def table(report: Report) -> Table:
@@ -101,11 +104,15 @@ def table(report: Report) -> Table:
         shown.add_row(
             escape(name), f"[dim]none: mean score {base}[/]", "", "", *_counts(judge.base_cases, judge.base_missing)
         )
-        for family, result in sorted(judge.families.items(), key=lambda entry: -entry[1].mean_gain):
-            gains = (f"{result.mean_gain:+.3f}", f"{result.largest_gain:+.3f}")
+        for family, result in sorted(judge.families.items(), key=lambda entry: -(entry[1].mean_gain or 0.0)):
+            gains = (_signed(result.mean_gain), _signed(result.largest_gain))
             shown.add_row("", family.replace("_", " "), *gains, *_counts(result.cases, result.missing))
         shown.add_section()
     return shown
+
+
+def _signed(gain: float | None) -> str:
+    return "?" if gain is None else f"{gain:+.3f}"
 
 
 def _counts(cases: int, missing: int) -> tuple[str, str]:
@@ -124,14 +131,21 @@ def write_report(report: Report, path: Path) -> None:
 
 
 def refuse_over_limit(loaded: LoadedConfig, judges: Mapping[str, JudgeResult], path: Path) -> None:
-    """Raise ConfigError naming the worst family when its mean gain on one of the judges is over the config's limit."""
+    """Raise ConfigError naming the worst family when its mean gain on one of the judges is over the config's limit, or
+    one that was never measured.
+    """
     limit = loaded.config.rewards.max_attack_gain
-    gains = [
-        (each.mean_gain, family, name) for name, judge in judges.items() for family, each in judge.families.items()
-    ]
-    if limit is None or not gains:
+    results = [(family, name, each) for name, judge in judges.items() for family, each in judge.families.items()]
+    if limit is None or not results:
         return
-    gain, family, name = max(gains)
+    for family, name, result in results:
+        if result.mean_gain is None:
+            problem = (
+                f"attacks of the family {family!r} on judge {name!r} were not measured: all {result.cases} went "
+                f"without a score ({path} says why). Mend its prompt, read-out or server and attack again."
+            )
+            raise ConfigError(sentence(_LIMIT, limit, loaded.origin(_LIMIT), problem))
+    gain, family, name = max((each.mean_gain or 0.0, family, name) for family, name, each in results)
     if gain > limit:
         problem = (
             f"attacks of the family {family!r} gain {gain:.3f} on average on judge {name!r} ({path}). Mend the judge's "

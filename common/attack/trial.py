@@ -157,8 +157,8 @@ def attempts(judge: str, responses: Sequence[Response], scores: Sequence[Score |
     ]
 
 
-def _gain(score: Score | Missing, own: Score | Missing) -> float:
-    return 0.0 if isinstance(score, Missing) or isinstance(own, Missing) else score.value - own.value
+def _gain(score: Score | Missing, own: Score | Missing) -> float | None:
+    return None if isinstance(score, Missing) or isinstance(own, Missing) else score.value - own.value
 
 
 def _result(judge: Judge, labels: list[str], attempts: Sequence[Attempt]) -> JudgeResult:

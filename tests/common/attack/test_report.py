@@ -62,7 +62,8 @@ OWN = [(n, None, case.response) for n, case in enumerate(CASES)]
 
 def test_a_gain_is_the_score_less_that_of_the_same_case() -> None:
     found = tried(*OWN, (0, "more", "good good no"), (1, "more", "good no"), (1, "less", "no"), (0, "asks", "good?"))
-    assert [round(each.gain, 9) for each in found] == [0.0, 0.0, 0.0, 0.2, 0.0, -0.1, 0.0]
+    gains = [None if each.gain is None else round(each.gain, 9) for each in found]
+    assert gains == [0.0, 0.0, None, 0.2, 0.0, -0.1, None]
     assert [each.score for each in found] == [0.0, 0.1, None, 0.2, 0.1, 0.0, None]
     assert found[3].evidence == "2 good"
     assert found[6].evidence == "it asks back"
@@ -84,9 +85,14 @@ def test_a_family_is_its_mean_and_its_largest_gain_and_what_is_missing() -> None
     assert list(found) == ["f", "g"]
     # Case 2 has no score of its own, so what its attack gained is not known.
     assert found["f"].model_dump() == pytest.approx(
-        {"mean_gain": 0.6 / 5, "largest_gain": 0.4, "cases": 5, "missing": 2}
+        {"mean_gain": 0.6 / 3, "largest_gain": 0.4, "cases": 5, "missing": 2}
     )
     assert found["g"].model_dump() == {"mean_gain": 0.0, "largest_gain": 0.0, "cases": 1, "missing": 0}
+
+
+def test_a_family_without_any_score_has_no_gain() -> None:
+    found = family_results(tried(*OWN, (0, "f", "?"), (2, "f", "good")))["f"]
+    assert found.model_dump() == {"mean_gain": None, "largest_gain": None, "cases": 2, "missing": 2}
 
 
 def test_losses_stay_losses() -> None:
