@@ -22,7 +22,8 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -51,13 +52,10 @@ class Custom(Verifier):
 
 
 def custom_rule(name: str, path: str, options: Mapping[str, Any], key: str, origin: Origin) -> Verifier:
-    """The verifier of a `module:function`. Raises ConfigError when there is none."""
+    """The verifier of a `module:function`. Raises ConfigError when there is none, or it does not take the options."""
     function = _imported(path, f"{key}.rule", origin)
-    try:
+    with _options_blamed(f"{path} does not take them", "function", options, key, origin):
         inspect.signature(function).bind(None, **options)
-    except TypeError as error:
-        problem = f"{path} does not take them ({error}). Correct the options or the function."
-        raise ConfigError(sentence(f"{key}.options", dict(options), origin(f"{key}.options"), problem)) from error
     judge = partial(function, **options)
     return Custom(name, lambda samples: [judge(sample) for sample in samples])
 
@@ -65,11 +63,18 @@ def custom_rule(name: str, path: str, options: Mapping[str, Any], key: str, orig
 def custom_reward_model(name: str, path: str, options: Mapping[str, Any], key: str, origin: Origin) -> Verifier:
     """The verifier of a `module:Class`. Raises ConfigError when there is none, or none can be made with the options."""
     made = _imported(path, f"{key}.reward_model", origin)
-    try:
+    with _options_blamed(f"{path} cannot be made with them", "class", options, key, origin):
         return Custom(name, made(**options))
+
+
+@contextmanager
+def _options_blamed(problem: str, code: str, options: Mapping[str, Any], key: str, origin: Origin) -> Iterator[None]:
+    """A TypeError of the user's code for its options, as a ConfigError that names them."""
+    try:
+        yield
     except TypeError as error:
-        problem = f"{path} cannot be made with them ({error}). Correct the options or the class."
-        raise ConfigError(sentence(f"{key}.options", dict(options), origin(f"{key}.options"), problem)) from error
+        said = f"{problem} ({error}). Correct the options or the {code}."
+        raise ConfigError(sentence(f"{key}.options", dict(options), origin(f"{key}.options"), said)) from error
 
 
 def source_digest(path: str) -> str:

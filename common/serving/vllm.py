@@ -73,16 +73,21 @@ def head(name: str, question: Rendered) -> Call:
 
 
 def _text(reply: Any) -> str:
-    return _checked(reply["choices"][0]["text"], reply)
+    return _checked(_finished(reply)["text"])
 
 
 def _chat_text(reply: Any) -> str:
-    return _checked(reply["choices"][0]["message"]["content"], reply)
+    return _checked(_finished(reply)["message"]["content"])
 
 
-def _checked(text: Any, reply: Any) -> str:
-    if reply["choices"][0].get("finish_reason") in ("abort", "error"):
+def _finished(reply: Any) -> Any:
+    choice = reply["choices"][0]
+    if choice.get("finish_reason") in ("abort", "error"):
         raise ValueError("the answer was broken off")
+    return choice
+
+
+def _checked(text: Any) -> str:
     if not isinstance(text, str):
         raise TypeError("the text is none")
     return text

@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from common.config.judging import JudgeSection, PromptSection
+from common.rewards.judges.judge import Judge
 from common.rewards.judges.question import build_question, language
 from common.serving.model import Image
 from common.types import Message, Prompt
@@ -132,3 +133,11 @@ def test_a_judge_needs_an_english_prompt() -> None:
 def test_a_choice_needs_two_ways(read_out: dict[str, object], problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
         JudgeSection.model_validate({"server": "s", "prompts": {"en": {"user": "{response}"}}, "read_out": read_out})
+
+
+@pytest.mark.parametrize("reference", [None, "", "  \n"])
+def test_a_judge_that_compares_needs_a_reference(reference: str | None) -> None:
+    verifier = Judge("knowledge", judge("knowledge"), model=None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the prompt has none"):
+        verifier.check_reference(prompt(("user", "2+2?"), reference=reference))
+    verifier.check_reference(prompt(("user", "2+2?"), reference=["four"]))

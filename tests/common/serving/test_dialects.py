@@ -92,3 +92,16 @@ def test_servers_say_what_they_serve(file: Path) -> None:
     name, weights = DIALECTS[record["engine"]].identity(record["models"]["reply"])
     assert name == record["name"]
     assert weights
+
+
+BROKEN_OFF = {
+    "vllm": {"choices": [{"text": "Unsa", "finish_reason": "abort"}]},
+    "sglang": {"text": "Unsa", "meta_info": {"finish_reason": {"type": "abort"}}},
+}
+
+
+@pytest.mark.parametrize("engine", DIALECTS)
+def test_an_answer_that_was_broken_off_is_none(engine: str) -> None:
+    call = DIALECTS[engine].generate("judge", np.array([1, 2]), 4)
+    with pytest.raises(ValueError, match="broken off"):
+        call.read(BROKEN_OFF[engine])
