@@ -152,6 +152,12 @@ def _gate_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
         for name in names:
             if name not in verifiers:
                 yield f"rewards.gates.{label}", f"{name!r}: {_no_verifier(config)}"
+            elif not _may_gate(config, name):
+                yield (
+                    f"rewards.gates.{label}",
+                    f"{name!r} may score below 0, and a gate of that sort would turn bad totals into good ones. Make "
+                    "it a term, or choose a verifier with scores from 0 up.",
+                )
         if label not in config.rewards.recipe:
             yield f"rewards.gates.{label}", "rewards.recipe has no terms for this label. Add them or correct the name."
         if kinds.labels.get(label, kinds.type) == "gdpo":
@@ -160,6 +166,13 @@ def _gate_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
                 "gdpo normalises each verifier alone, before any total is made that a gate could multiply. "
                 "Remove the gate or choose another type of advantages.",
             )
+
+
+def _may_gate(config: RunConfig, name: str) -> bool:
+    """Whether no score of a verifier is negative, as far as its section says."""
+    verifier = config.rewards.verifiers[name]
+    judge = config.rewards.judges.get(verifier.judge or "")
+    return verifier.rule != "overlong" and (judge is None or judge.may_multiply)
 
 
 def _no_verifier(config: RunConfig) -> str:

@@ -12,12 +12,14 @@ from common.config.section import Fraction, NonNegativeInt, PositiveFloat, Posit
 FIELDS = ("query", "response", "reference")
 Language = Literal["en", "zh"]
 FIELD = re.compile(r"\{([A-Za-z_]+)\}")
+_SPACED = re.compile(rf"\{{\s+({'|'.join(FIELDS)})\s*\}}|\{{({'|'.join(FIELDS)})\s+\}}", re.IGNORECASE)
 
 
 class PromptSection(Section):
-    """What a judge is asked in one language. `{query}`, `{response}` and `{reference}` stand for parts of the sample.
+    """What a judge is asked in one language. `{query}`, `{response}` and `{reference}` of `user` stand for parts of the
+    sample.
 
-    system: null leaves the chat template's own default.
+    system: the same for every sample; null leaves the chat template's own default.
     """
 
     user: str
@@ -34,7 +36,29 @@ class PromptSection(Section):
             )
         if "response" not in FIELD.findall(text):
             raise ValueError("the judge would not see the response. Put {response} where it belongs")
+        if spaced := _SPACED.search(text):
+            raise ValueError(f"{spaced[0]} stands for nothing. Leave out the blanks")
         return text
+
+    @field_validator("system")
+    @classmethod
+    def _no_fields(cls, text: str | None) -> str | None:
+        for name in FIELD.findall(text or ""):
+            if name in FIELDS:
+                raise ValueError(f"{{{name}}} is filled in user alone. Put it there")
+        return text
+
+    def shows(self, field: str) -> bool:
+        """Whether the judge is shown a field of the sample."""
+        return field in FIELD.findall(self.user)
+
+
+_READ_BY = {
+    "verdicts": ("verdict", "labels", "classes"),
+    "grades": ("number",),
+    "hard": ("labels", "classes"),
+    "outputs": ("classes", "scalar"),
+}
 
 
 class ReadOutSection(Section):
@@ -62,16 +86,26 @@ class ReadOutSection(Section):
             raise ValueError(f"a read-out of type {self.type} chooses among verdicts. Name at least two of them")
         if self.type == "number" and len(self.grades) < 2:
             raise ValueError("a read-out of type number chooses among grades. Name at least two of them")
+        for name, types in _READ_BY.items():
+            if vars(self)[name] and self.type not in types:
+                raise ValueError(f"a read-out of type {self.type} does not read {name}. Leave it out")
         return self
+
+    @property
+    def lowest(self) -> float | None:
+        """The lowest score that there can be; None for a scalar, which has no bounds."""
+        return min((*self.verdicts.values(), *self.grades), default=None)
 
 
 class JudgeSection(Section):
     """A judge: a prompt in each language, a read-out, and the name of the server that runs its model.
 
     prompts: by language, `en` and `zh`; the language of the question chooses, `en` where its own is missing.
-    images: whether the judge is shown the images of the question; one that is not refuses prompts with images.
-    think_aware: `on` scores the reasoning times the answer. Off, because a policy that is paid for innocent reasoning
-    learns to hide what it thinks; `measure` asks about the reasoning too, and records how far the two lie apart alone.
+    images: whether the judge is shown the images of the question; one that is shown the question without them refuses
+    prompts with images.
+    think_aware: `on` scores the reasoning times the answer, where no score can be negative. Off, because a policy that
+    is paid for innocent reasoning learns to hide what it thinks; `measure` asks about the reasoning too, and records
+    how far the two lie apart alone.
     """
 
     server: str
@@ -87,7 +121,7 @@ class JudgeSection(Section):
     @property
     def compares(self) -> bool:
         """Whether the judge is shown a reference."""
-        return any("reference" in FIELD.findall(prompt.user) for prompt in self.prompts.values())
+        return any(prompt.shows("reference") for prompt in self.prompts.values())
 
     @field_validator("think_aware", mode="before")
     @classmethod
@@ -100,6 +134,22 @@ class JudgeSection(Section):
         if "en" not in prompts:
             raise ValueError("en is missing, which every language without a prompt of its own falls back to. Add it")
         return prompts
+
+    @model_validator(mode="after")
+    def _fits(self) -> JudgeSection:
+        if self.images and not all(prompt.shows("query") for prompt in self.prompts.values()):
+            raise ValueError("images are shown with the question, which a prompt has no {query} for. Set images: false")
+        if self.think_aware == "on" and not self.may_multiply:
+            raise ValueError(
+                "think_aware: on multiplies scores, and two negative ones would become a good one. Give the read-out "
+                "scores from 0 up, or set think_aware to measure"
+            )
+        return self
+
+    @property
+    def may_multiply(self) -> bool:
+        """Whether no score of the judge is negative, so that products of them keep their order."""
+        return self.read_out.lowest is not None and self.read_out.lowest >= 0
 
 
 class LaunchSection(Section):

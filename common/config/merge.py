@@ -1,8 +1,9 @@
 """Run files and `key=value` words -> one table, and the place that set each of its keys.
 
 A run file names what it includes; tables merge, lists replace, later wins: included files in order, then the file
-itself, then further files, then overrides. A label's terms and a judge's verdicts replace as a list does: what a run
-file names is all that counts, and a term of an earlier recipe cannot add to a total unseen.
+itself, then further files, then overrides. A label's terms, a judge's prompts and its verdicts replace as a list
+does: what a run file names is all that counts, and a term of an earlier recipe cannot add to a total unseen. So does a
+verifier that says what it is, and a read-out that says its type: options of another kind are none of theirs.
 
 YAML 1.2 rules: `1e-6` is a number; `no` and `2026-01-01` are strings.
 """
@@ -23,7 +24,11 @@ from ruamel.yaml.scalarbool import ScalarBoolean
 from common.config.section import ConfigError
 
 COMMAND_LINE = "command line"
-_WHOLE = re.compile(r"rewards\.recipe\.[^.]+|rewards\.judges\.[^.]+\.read_out\.verdicts")
+_WHOLE = re.compile(r"rewards\.recipe\.[^.]+|rewards\.judges\.[^.]+\.(prompts|read_out\.verdicts)")
+_WHOLE_WITH = (  # tables that replace where they have one of these keys
+    (re.compile(r"rewards\.verifiers\.[^.]+"), {"rule", "judge", "reward_model"}),
+    (re.compile(r"rewards\.judges\.[^.]+\.read_out"), {"type"}),
+)
 DEFAULT = "default"
 
 
@@ -77,7 +82,7 @@ class Layers:
                 _require_plain_key(key, origin)
             name = f"{prefix}{key}"
             tables = isinstance(target, dict) and isinstance(target.get(key), dict) and isinstance(value, CommentedMap)
-            if not tables or _WHOLE.fullmatch(name):
+            if not tables or _is_whole(name, value):
                 self._forget_below(name)
                 target[key] = _empty_or_plain(value)
             self.origins[name] = origin
@@ -87,6 +92,13 @@ class Layers:
     def _forget_below(self, name: str) -> None:
         for key in [key for key in self.origins if key.startswith(f"{name}.")]:
             del self.origins[key]
+
+
+def _is_whole(name: str, table: CommentedMap) -> bool:
+    """Whether a table takes the place of the one before it instead of being laid over it."""
+    if _WHOLE.fullmatch(name):
+        return True
+    return any(place.fullmatch(name) and not kinds.isdisjoint(table) for place, kinds in _WHOLE_WITH)
 
 
 def _yaml() -> YAML:

@@ -102,7 +102,7 @@ class VerifierSection(Section):
 class RewardsSection(Section):
     """Verifiers by name, and the recipe: label -> verifier -> weight. A total is the weighted sum of its label's terms.
 
-    gates: label -> verifiers whose scores multiply the total, each with or without a term of its own.
+    gates: label -> verifiers whose scores, never negative, multiply the total; each with or without a term of its own.
     judges: by the name that verifiers give. One that no label of the data needs is not opened.
     on_missing, max_missing: a group with a missing score is dropped. With `error` the run stops when more than
     `max_missing` scores of one step are missing, with `drop` it goes on as long as a group is left. A run that has

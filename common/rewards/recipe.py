@@ -65,9 +65,18 @@ class Recipe:
         return name in self.terms[label] or name in self.gates[label]
 
     def reward(self, label: str, scores: Mapping[str, Score | Missing]) -> Reward:
-        """The total of a response of this label, none of its scores missing: the weighted sum of terms, times gates."""
+        """The total of a response of this label, none of its scores missing: the weighted sum of terms, times gates.
+
+        Raises ConfigError for a gate below 0, which would turn a bad total into a good one.
+        """
         present = {name: score for name, score in scores.items() if isinstance(score, Score)}
         total = sum(weight * present[name].value for name, weight in self.terms[label].items())
+        for name in self.gates[label]:
+            if present[name].value < 0:
+                raise ConfigError(
+                    f"verifier {name!r} gave {present[name].value:.4g}, and it is a gate of label {label!r}, which "
+                    "multiplies. Let it give scores from 0 up, or make it a term."
+                )
         return Reward(total * math.prod(present[name].value for name in self.gates[label]), present)
 
     def check(self, prompt: Prompt) -> None:

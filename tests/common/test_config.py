@@ -109,6 +109,23 @@ def test_terms_of_a_label_and_verdicts_of_a_judge_replace_as_lists_do(run_file: 
     assert rewards.recipe == {"general_rule": {"answer": 2.0, "other": 0.5}}
 
 
+def test_a_replaced_judge_or_verifier_keeps_nothing_of_the_first(run_file: Path) -> None:
+    prompts = "{en: {user: 'old {response}'}, zh: {user: '旧 {response}'}}"
+    judge = f"{{server: s, prompts: {prompts}, read_out: {{type: number, grades: [0, 1], max_tokens: 9}}}}"
+    verifier = "{rule: answer, options: {extract: boxed}}"
+    first = f"rewards: {{judges: {{j: {judge}}}, verifiers: {{v: {verifier}, w: {verifier}}}}}"
+    again = (
+        "rewards: {judges: {j: {prompts: {en: {user: 'new {response}'}}, read_out: {type: scalar}}}, "
+        "verifiers: {v: {judge: j}, w: {rule: language}}}"
+    )
+    server = "servers: {s: {engine: in_process, model: m}}"
+    rewards = load_config([run_file, *write(run_file.parent, first=first, again=again, server=server)]).config.rewards
+    assert list(rewards.judges["j"].prompts) == ["en"]
+    assert rewards.judges["j"].read_out.model_fields_set == {"type"}
+    assert (rewards.verifiers["v"].rule, rewards.verifiers["v"].options) == (None, {})
+    assert rewards.verifiers["w"].options == {}
+
+
 def test_an_override_merges_tables_and_makes_missing_ones(run_file: Path) -> None:
     words = ["rewards.verifiers={short: {rule: answer}}", "rewards.recipe.other.short=2", "loss.importance.cap=3"]
     config = load_config([run_file], words).config

@@ -159,6 +159,13 @@ def test_judges_and_servers_are_named(server: str, verifier: str, start: str, en
     assert text.startswith(start) and end in text
 
 
+@pytest.mark.parametrize("verifier", ["{judge: j}", "{rule: overlong, options: {max_length: 9, buffer: 3}}"])
+def test_gates_that_may_be_negative_are_refused(verifier: str, tmp_path: Path) -> None:
+    gated = JUDGED.replace("verifiers:", "gates: {general_rule: [x]}, verifiers:")
+    text = message(tmp_path, gated % (JUDGE % "s", verifier))
+    assert text.startswith("rewards.gates.general_rule = ['x'] ") and "Make it a term, or choose" in text
+
+
 @pytest.mark.parametrize(
     ("line", "start", "end"),
     [

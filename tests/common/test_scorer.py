@@ -223,6 +223,14 @@ def test_gates_multiply_the_total(tmp_path: Path) -> None:
     assert [reward.scores["unused"].value for reward in one.rewards] == [1.0, 1.0, 0.0]
 
 
+def test_a_gate_below_zero_is_an_error_and_no_good_total(tmp_path: Path) -> None:
+    made = recipe(tmp_path, "gated")
+    scores = {"answer": Score(-1.0, ""), "unused": Score(-0.5, "")}
+    with pytest.raises(ConfigError, match=r"'unused' gave -0\.5, and it is a gate of label 'gated'"):
+        made.reward("gated", scores)
+    assert made.reward("gated", scores | {"unused": Score(0.5, "")}).total == -1.0
+
+
 def test_refills_count_with_their_step(tmp_path: Path) -> None:
     made, _ = failing(tmp_path, "answer")
     scoring, lost = scorer(made, 2), group("math", "answer", "fine", draw=1)

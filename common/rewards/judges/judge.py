@@ -12,14 +12,13 @@ from common.rewards.verifier import Verifier
 from common.serving.model import JudgeModel, Question
 from common.types import Missing, Prompt, Sample, Score
 
-_EMPTY = Score(0.0, "empty response")
-
 
 @dataclass(frozen=True)
 class Judge(Verifier):
     """Scores the answer of a response by what a model says of it, and with `think_aware` looks at its reasoning too.
 
-    An empty answer scores 0 without being asked about: a model would have to invent what to say.
+    An empty answer has the lowest score without being asked about: a model would have to invent what to say. Where
+    there is no lowest, the scalar head is asked.
     """
 
     name: str
@@ -31,7 +30,7 @@ class Judge(Verifier):
         blank = prompt.reference is None or (isinstance(prompt.reference, str) and not prompt.reference.strip())
         if blank and self.section.compares:
             raise ValueError("the judge compares with a reference, and the prompt has none. Give it one.")
-        if prompt.images and not self.section.images:
+        if prompt.images and not self.section.images and self.section.prompt(language(prompt)).shows("query"):
             raise ValueError(
                 "the prompt has images, and the judge does not see any. Choose a judge with images: true for its label."
             )
@@ -49,8 +48,9 @@ class Judge(Verifier):
         return answers
 
     def _judge(self, texts: Sequence[tuple[Prompt, str]]) -> list[Score | Missing]:
-        results: list[Score | Missing] = [_EMPTY] * len(texts)
-        asked = [index for index, (_, text) in enumerate(texts) if text.strip()]
+        lowest = self.section.read_out.lowest
+        results: list[Score | Missing] = [Score(lowest or 0.0, "empty response")] * len(texts)
+        asked = [index for index, (_, text) in enumerate(texts) if text.strip() or lowest is None]
         found = ask(self.section.read_out, self.model, [self._question(*texts[index]) for index in asked])
         for index, result in zip(asked, found, strict=True):
             results[index] = result

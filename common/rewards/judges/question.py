@@ -40,12 +40,14 @@ def build_question(section: PromptSection, prompt: Prompt, response: str, spoken
 
 def _query(prompt: Prompt, spoken: Language) -> Iterator[str | Image]:
     """The conversation without its system message: the text of a single turn, else each turn behind its role."""
-    turns = [message for message in prompt.messages if message.role != "system"]
     images = iter(prompt.images)
-    for number, turn in enumerate(turns):
+    # Those of the system message are taken with it, or else the next turn would show them in place of its own.
+    shown = [(turn, list(_with_images(turn, images, bool(prompt.images)))) for turn in prompt.messages]
+    turns = [(turn, parts) for turn, parts in shown if turn.role != "system"]
+    for number, (turn, parts) in enumerate(turns):
         if len(turns) > 1:
             yield ("\n" if number else "") + _ROLES[spoken][turn.role] + ": "
-        yield from _with_images(turn, images, bool(prompt.images))
+        yield from parts
 
 
 def _with_images(turn: Message, images: Iterator[str], any_images: bool) -> Iterator[str | Image]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from common.config.judging import JudgeSection, PromptSection
+from common.config.judging import JudgeSection, PromptSection, ReadOutSection
 from common.rewards.judges.judge import Judge
 from common.rewards.judges.question import build_question, language
 from common.serving.model import Image
 from common.types import Message, Prompt
 from tests.common.rewards.shipped import NAMES, judge
 
-PLAIN = PromptSection(user="Q: {query} R: {reference} A: {response}.", system="Judge {query}.")
+PLAIN = PromptSection(user="Q: {query} R: {reference} A: {response}.", system="Judge {it}.")
 
 
 def prompt(*turns: tuple[str, str], reference: object = "four", images: tuple[str, ...] = ()) -> Prompt:
@@ -59,7 +59,7 @@ def test_fields_are_filled_once() -> None:
 
 
 def test_the_system_message_is_taken_as_it_is() -> None:
-    assert build_question(PLAIN, ONE, "4", "en").system == "Judge {query}."
+    assert build_question(PLAIN, ONE, "4", "en").system == "Judge {it}."
     assert build_question(PromptSection(user="{response}"), ONE, "4", "en").system is None
 
 
@@ -102,11 +102,35 @@ def test_an_image_marker_without_images_is_text() -> None:
         ("Is it good?", "would not see the response"),
         ("{response} {answer}", "{answer} stands for nothing"),
         ("{response} {Query}", "{Query} stands for nothing"),
+        ("{response} { query }", "{ query } stands for nothing"),
+        ("{response} {Reference }", "{Reference } stands for nothing"),
     ],
 )
 def test_a_prompt_without_the_response_or_with_an_unknown_field_is_refused(user: str, problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
         PromptSection(user=user)
+
+
+def test_a_field_in_the_system_message_is_refused() -> None:
+    with pytest.raises(ValidationError, match="is filled in user alone"):
+        PromptSection(user="{response}", system="The question was {query}.")
+
+
+def test_images_of_the_system_message_are_not_shown_in_place_of_others() -> None:
+    asked = prompt(("system", "Like <image>."), ("user", "See <image>!"), images=("logo.png", "a.png"))
+    user = build_question(PromptSection(user="{query} {response}"), asked, "ok", "en").user
+    assert user == ("See ", Image("a.png"), "! ok")
+
+
+def test_images_are_refused_by_a_judge_that_would_be_shown_the_question_without_them() -> None:
+    asked = prompt(("user", "See <image>!"), images=("a.png",))
+    blind = judge("value").model_copy(update={"images": False})
+    with pytest.raises(ValueError, match="the prompt has images"):
+        Judge("value", blind, model=None).check_reference(asked)  # type: ignore[arg-type]
+    jailbreak = judge("safety_jailbreak")
+    Judge("safety", jailbreak, model=None).check_reference(asked)  # type: ignore[arg-type]
+    (text,) = build_question(jailbreak.prompt("en"), asked, "I will not.", "en").user
+    assert isinstance(text, str) and "I will not." in text
 
 
 def test_braces_of_other_kinds_stay() -> None:
@@ -133,6 +157,28 @@ def test_a_judge_needs_an_english_prompt() -> None:
 def test_a_choice_needs_two_ways(read_out: dict[str, object], problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
         JudgeSection.model_validate({"server": "s", "prompts": {"en": {"user": "{response}"}}, "read_out": read_out})
+
+
+@pytest.mark.parametrize(
+    ("read_out", "unread"),
+    [
+        ({"type": "verdict", "verdicts": {"a": 1.0, "b": 0.0}, "hard": True}, "verdict does not read hard"),
+        ({"type": "labels", "verdicts": {"a": 1.0, "b": 0.0}, "grades": [0.0, 1.0]}, "labels does not read grades"),
+        ({"type": "number", "verdicts": {"a": 1.0, "b": 0.0}, "grades": [0.0, 1.0]}, "number does not read verdicts"),
+        ({"type": "number", "grades": [0.0, 1.0], "outputs": [1]}, "number does not read outputs"),
+        ({"type": "scalar", "verdicts": {"a": 1.0, "b": 0.0}}, "scalar does not read verdicts"),
+    ],
+)
+def test_what_a_read_out_does_not_read_is_refused(read_out: dict[str, object], unread: str) -> None:
+    with pytest.raises(ValidationError, match=unread):
+        ReadOutSection.model_validate(read_out)
+
+
+def test_a_judge_with_images_has_a_place_for_them() -> None:
+    with pytest.raises(ValidationError, match="which a prompt has no"):
+        JudgeSection.model_validate(
+            {"server": "s", "prompts": {"en": {"user": "{response}"}}, "read_out": {"type": "scalar"}, "images": True}
+        )
 
 
 @pytest.mark.parametrize("reference", [None, "", "  \n"])

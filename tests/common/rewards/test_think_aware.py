@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from common.config.checks import warnings
 from common.config.judging import JudgeSection, PromptSection, ReadOutSection
@@ -19,25 +20,25 @@ from tests.training import ROOT, write_run
 
 
 class Scale:
-    """A head that gives the number a text ends with; nothing for a text that ends with a question mark."""
+    """Writes the number that a text ends with; nothing for a text that ends with a question mark."""
 
     identity = "scale"
 
-    def head(self, questions: Sequence[Question]) -> list[Answer[np.ndarray]]:
+    def generate(self, questions: Sequence[Question], max_tokens: int) -> list[Answer[str]]:
         texts = [str(question.user[0]) for question in questions]
         asked = Asked("scale", 0.0, 1.0, cached=False)
-        return [
-            Answer(Missing("no idea") if text.endswith("?") else np.float32([float(text.split()[-1])]), asked)
-            for text in texts
-        ]
+        return [Answer(Missing("no idea") if text.endswith("?") else text.split()[-1], asked) for text in texts]
 
 
-def judge(think_aware: object) -> Judge:
+GRADES = (0.2, 0.25, 0.5, 0.8, 1.0)
+
+
+def judge(think_aware: object, grades: Sequence[float] = GRADES) -> Judge:
     section = JudgeSection.model_validate(
         {
             "server": "s",
-            "prompts": {"en": PromptSection(user="{response}")},
-            "read_out": ReadOutSection(type="scalar"),
+            "prompts": {"en": PromptSection(user="A: {response}")},
+            "read_out": {"type": "number", "grades": [*grades]},
             "think_aware": think_aware,
         }
     )
@@ -74,9 +75,30 @@ def test_a_missing_half_is_a_missing_score() -> None:
     assert [isinstance(result, Missing) for result in found] == [True, True]
 
 
-def test_an_empty_answer_scores_nothing_whatever_was_thought() -> None:
+def test_an_empty_answer_has_the_lowest_score_and_nobody_is_asked() -> None:
+    (found,) = judge("off", (-1.0, -0.5, 1.0)).score([sample("  ")])
+    assert found == Score(-1.0, "empty response")
     (found,) = judge("on").score([sample("<think>plan 1</think>  ")])
-    assert isinstance(found, Score) and found.value == 0.0
+    assert isinstance(found, Score) and found.value == 0.2
+
+
+def test_a_scalar_head_has_no_lowest_score_and_is_asked_about_an_empty_answer() -> None:
+    class Head:
+        def head(self, questions: Sequence[Question]) -> list[Answer[np.ndarray]]:
+            asked = Asked("head", 0.0, 1.0, cached=False)
+            return [Answer(np.float32([-len(question.user[0])]), asked) for question in questions]
+
+    section = judge("off").section.model_copy(update={"read_out": ReadOutSection(type="scalar")})
+    (found,) = Judge("value", section, Head()).score([sample(" ")])  # type: ignore[arg-type]
+    assert isinstance(found, Score) and found.value == -len("A: ")
+
+
+@pytest.mark.parametrize("read_out", [{"type": "scalar"}, {"type": "number", "grades": [-1.0, 1.0]}])
+def test_products_of_scores_that_may_be_negative_are_refused(read_out: dict[str, object]) -> None:
+    table = {"server": "s", "prompts": {"en": {"user": "{response}"}}, "read_out": read_out}
+    JudgeSection.model_validate(table | {"think_aware": "measure"})
+    with pytest.raises(ValidationError, match="two negative ones would become a good one"):
+        JudgeSection.model_validate(table | {"think_aware": "on"})
 
 
 def test_check_warns_of_it(tmp_path: object) -> None:
