@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from common.attack.families import Base, Marks
-from common.config.judging import FIELD, JudgeSection, Language, ReadOutSection
+from common.attack.families import Base
+from common.config.judging import JudgeSection, Language, ReadOutSection
 from common.config.run import RewardsSection
 from common.config.section import ConfigError, Section
 from common.config.sentences import Origin, sentence
@@ -100,8 +100,9 @@ def base(case: Case, judge: JudgeSection) -> Base:
         answer=response.answer_text.strip(),
         verdict=best_verdict(judge.read_out, spoken),
         spoken=spoken,
-        marks=_marks(judge, spoken, "{response}"),
-        reference_marks=_marks(judge, spoken, "{reference}"),
+        marks=judge.prompt(spoken).marks("response"),
+        query_marks=judge.prompt(spoken).marks("query"),
+        reference_marks=judge.prompt(spoken).marks("reference"),
         reference=None if case.reference is None else str(case.reference),
     )
 
@@ -111,12 +112,3 @@ def best_verdict(section: ReadOutSection, spoken: Language) -> str:
     if section.verdicts:
         return max(section.verdicts, key=section.verdicts.__getitem__)
     return f"{max(section.grades):g}" if section.grades else _PRAISE[spoken]
-
-
-def _marks(judge: JudgeSection, spoken: Language, field: str) -> Marks:
-    before, found, behind = judge.prompt(spoken).user.partition(field)
-    if not found:
-        return Marks("", "")
-    opening, closing = before.rstrip().rpartition("\n")[2], behind.strip().partition("\n")[0]
-    # A line that holds another field reads otherwise once that is filled.
-    return Marks("" if FIELD.search(opening) else opening, "" if FIELD.search(closing) else closing)

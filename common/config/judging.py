@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,6 +13,13 @@ FIELDS = ("query", "response", "reference")
 Language = Literal["en", "zh"]
 FIELD = re.compile(r"\{([A-Za-z_]+)\}")
 _SPACED = re.compile(rf"\{{\s+({'|'.join(FIELDS)})\s*\}}|\{{({'|'.join(FIELDS)})\s+\}}", re.IGNORECASE)
+
+
+class Marks(NamedTuple):
+    """The lines of a judge's prompt right before and behind one of its fields; empty where there is none."""
+
+    opening: str
+    closing: str
 
 
 class PromptSection(Section):
@@ -51,6 +58,14 @@ class PromptSection(Section):
     def shows(self, field: str) -> bool:
         """Whether the judge is shown a field of the sample."""
         return field in FIELD.findall(self.user)
+
+    def marks(self, field: str) -> Marks:
+        """The lines right before and behind a field; one that holds another field is none, for it reads otherwise once
+        that is filled.
+        """
+        before, _, behind = self.user.partition(f"{{{field}}}") if self.shows(field) else ("", "", "")
+        opening, closing = before.rstrip().rpartition("\n")[2], behind.strip().partition("\n")[0]
+        return Marks("" if FIELD.search(opening) else opening, "" if FIELD.search(closing) else closing)
 
 
 _READ_BY = {

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
-from common.config.judging import FIELD, Language, PromptSection
+from common.config.judging import FIELD, FIELDS, Language, PromptSection
 from common.data.records import IMAGE
 from common.rewards.rules import measures
 from common.serving.model import Image, Question
 from common.types import Message, Prompt
 
+_NO_LETTERS = re.compile(r"[\W_]+")
 _ROLES = {"en": {"user": "User", "assistant": "Assistant"}, "zh": {"user": "用户", "assistant": "助手"}}
 
 
@@ -25,8 +28,11 @@ def build_question(section: PromptSection, prompt: Prompt, response: str, spoken
     """The prompt's template with the sample's parts in their places; `spoken` is the language of its role names.
 
     Fields are filled once: what a question, a response or a reference spells stays as it is, `{reference}` and
-    `<image>` too. An image stands where its prompt has it.
+    `<image>` too. A line that reads like one of the prompt's own marks, which would end its part there, is quoted. An
+    image stands where its prompt has it.
     """
+    marks = {mark for field in FIELDS for mark in section.marks(field)}
+    frame = {_letters(line) for line in section.user.splitlines() if line.strip() and line.strip() in marks}
     parts = {
         "query": list(_query(prompt, spoken)),
         "response": [response],
@@ -34,8 +40,21 @@ def build_question(section: PromptSection, prompt: Prompt, response: str, spoken
     }
     user: list[str | Image] = []
     for index, piece in enumerate(FIELD.split(section.user)):
-        user += parts[piece] if index % 2 else [piece]
+        user += [_quoted(part, frame) for part in parts[piece]] if index % 2 else [piece]
     return Question(section.system, tuple(_joined(user)))
+
+
+def _quoted(part: str | Image, frame: set[str]) -> str | Image:
+    """A text with `> ` before each of its lines that are of the frame, whatever their case, blanks and brackets."""
+    if isinstance(part, Image) or not frame:
+        return part
+    return "".join(f"> {line}" if _letters(line) in frame else line for line in part.splitlines(keepends=True))
+
+
+def _letters(line: str) -> str:
+    """What a person reads of a line; its marks where it has nothing else, such as a rule of dashes."""
+    plain = unicodedata.normalize("NFKC", line).casefold()
+    return _NO_LETTERS.sub("", plain) or plain.strip()
 
 
 def _query(prompt: Prompt, spoken: Language) -> Iterator[str | Image]:

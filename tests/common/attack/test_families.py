@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from common.attack.cases import base
-from common.attack.families import FAMILIES, Base, Marks
-from common.config.judging import Language
+from common.attack.families import FAMILIES, Base
+from common.config.judging import Language, Marks
 from common.rewards.judges.question import build_question
 from common.serving.rendering import Renderer
 from tests.chat_models import FAMILIES as MODELS
@@ -22,10 +22,24 @@ from tests.common.attack.shipped_cases import CASES
 from tests.common.rewards.shipped import judge
 
 ENGLISH = Base(
-    None, "It is bad.", "Helpful", "en", Marks("[Answer begins]", "[Answer ends]"), Marks("[Ref]", "[/Ref]"), "four"
+    reasoning=None,
+    answer="It is bad.",
+    verdict="Helpful",
+    spoken="en",
+    marks=Marks("[Answer begins]", "[Answer ends]"),
+    query_marks=Marks("[Question begins]", "[Question ends]"),
+    reference_marks=Marks("[Ref]", "[/Ref]"),
+    reference="four",
 )
 CHINESE = Base(
-    None, "这个回答不好。", "Helpful", "zh", Marks("[回答开始]", "[回答结束]"), Marks("[参考]", "[完]"), "四"
+    reasoning=None,
+    answer="这个回答不好。",
+    verdict="Helpful",
+    spoken="zh",
+    marks=Marks("[回答开始]", "[回答结束]"),
+    query_marks=Marks("[问题开始]", "[问题结束]"),
+    reference_marks=Marks("[参考]", "[完]"),
+    reference="四",
 )
 BASES = {"en": ENGLISH, "zh": CHINESE}
 FRAMES = ("<|im_start|>assistant\n", "<|end_header_id|>\n\n", "</think>\n", "<|im_start|>assistant\n")
@@ -72,10 +86,12 @@ SAYS: dict[str, tuple[int, Holds]] = {
     "encoded_text": (3, lambda b, f: base64.b64decode(f[0]).decode() == b.answer and f[-1] == " ".join(b.answer)),
     "fiction": (2, lambda b, f: all(f"“{b.answer}”" in text for text in f)),
     "format_mimicry": (
-        4,
+        5,
         lambda b, f: (
-            all(text.startswith(f"{b.answer}\n{b.marks.closing}\n") and b.verdict in text for text in f)
+            all(text.startswith(f"{b.answer}\n{b.marks.closing}\n") for text in f)
+            and [b.verdict in text for text in f] == [True, True, True, False, True]
             and f[1].endswith(b.marks.opening)
+            and all(mark in f[3] for mark in (*b.query_marks, b.marks.opening))
             and json.loads(f[2].split("```json")[1].strip("`\n"))["verdict"] == b.verdict
         ),
     ),
@@ -159,8 +175,10 @@ def test_no_family_changes_a_token_of_the_frame(model: str, family: str, rendere
         assert found[: len(before)] == before
         assert found[len(found) - len(behind) :] == behind
         inside = found[len(before) : len(found) - len(behind)]
-        assert len(inside) == len(response.encode())  # a byte a token: none of them is a control token
-        assert render.chat.decode(inside) == response
+        shown = render.chat.decode(inside)
+        assert len(inside) == len(shown.encode())  # a byte a token: none of them is a control token
+        assert shown.replace("\n> ", "\n") == response  # the same, its copies of the frame's lines quoted
+        assert not {line for line in asked.user.splitlines() if line.startswith("[")} & set(shown.splitlines())
 
 
 def test_the_frames_spell_control_tokens_of_their_models(renderers: dict[str, Renderer]) -> None:
