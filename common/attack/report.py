@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from rich.markup import escape
 from rich.table import Table
 
+from common.attack.cases import labels_by_judge, read_cases, suitable
 from common.config.judging import JudgeSection
 from common.config.load import LoadedConfig
 from common.config.section import ConfigError, Section
@@ -19,6 +20,7 @@ from common.rewards.recipe import Recipe
 from common.run_dir import not_written
 
 _FILE, _LIMIT = "rewards.attack_report", "rewards.max_attack_gain"
+_AGAIN = "Run safework attack with this config again, on all cases."
 
 
 class Attempt(Section):
@@ -167,8 +169,16 @@ def refuse_untried(loaded: LoadedConfig, recipe: Recipe) -> None:
     if rewards.max_attack_gain is None or not judges:
         return
     report = _read(loaded)
+    cases, sha256 = read_cases(rewards.attack_cases, loaded.origin)
+    if report.cases_sha256 != sha256:
+        raise _refusal(loaded, f"is of other cases than those of {rewards.attack_cases}. {_AGAIN}")
+    labels = labels_by_judge(rewards)
     for name, judge in judges.items():
-        _refuse_stale(loaded, name, judge, report.judges.get(name))
+        tried = report.judges.get(name)
+        _refuse_stale(loaded, name, judge, tried)
+        there = len(suitable(cases, judge.section, labels[name]))
+        if tried is not None and tried.base_cases < there:
+            raise _refusal(loaded, f"judge {name!r} was shown {tried.base_cases} of its {there} cases. {_AGAIN}")
     refuse_over_limit(loaded, {name: report.judges[name] for name in judges}, Path(rewards.attack_report))
 
 
@@ -184,14 +194,13 @@ def _read(loaded: LoadedConfig) -> Report:
 
 
 def _refuse_stale(loaded: LoadedConfig, name: str, judge: Judge, tried: JudgeResult | None) -> None:
-    again = "Run safework attack with this config again."
     if tried is None:
-        raise _refusal(loaded, f"does not hold judge {name!r}, and {_LIMIT} is set. {again}")
+        raise _refusal(loaded, f"does not hold judge {name!r}, and {_LIMIT} is set. {_AGAIN}")
     if tried.digest != judge_digest(judge.section):
-        raise _refusal(loaded, f"judge {name!r} had another prompt or read-out when it was attacked. {again}")
+        raise _refusal(loaded, f"judge {name!r} had another prompt or read-out when it was attacked. {_AGAIN}")
     if tried.model != judge.model.identity:
         now = f"it was {tried.model}, and is {judge.model.identity}"
-        raise _refusal(loaded, f"judge {name!r} asked another model when it was attacked: {now}. {again}")
+        raise _refusal(loaded, f"judge {name!r} asked another model when it was attacked: {now}. {_AGAIN}")
 
 
 def _refusal(loaded: LoadedConfig, problem: str) -> ConfigError:

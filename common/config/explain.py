@@ -19,7 +19,7 @@ from common.config.run import RunConfig
 MAY_CHANGE = re.compile(
     r"run\.(dir|steps)|(checkpoint|evaluation|metrics)\..*|rewards\.(on_missing|max_missing|deadline_s|cache)|"
     r"rewards\.(attack_cases|attack_report|max_attack_gain)|"
-    r"servers\.[^.]+\.(urls|concurrency|deadline_s|retries|launch(\..*)?)"
+    r"servers\.[^.]+\.(urls|api_key_env|concurrency|deadline_s|retries|launch(\..*)?)"
 )
 
 

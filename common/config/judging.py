@@ -192,9 +192,10 @@ class ServerSection(Section):
     `embedded:` model; its tokenizer writes the questions. head: a safetensors file with a tensor `score.weight` [C D],
     which takes the place of the model's own head.
     Over HTTP: served_name is what the servers call it, if not `model`; revision is part of the model's name in records
-    and in the cache of answers, to be changed when other weights come to stand behind one name or folder; concurrency:
-    questions in flight at each url; deadline_s: seconds for one question, with all its retries; launch: null where
-    somebody else starts the servers.
+    and in the cache of answers, to be changed when other weights come to stand behind one name or folder, or the same
+    ones in other numbers; api_key_env: the environment variable that holds the key of servers that want one;
+    concurrency: questions in flight at each url; deadline_s: seconds for one question, with all its retries; launch:
+    null where somebody else starts the servers.
     In process: rows are questions computed side by side; rests_in: where the weights are while nobody asks.
     """
 
@@ -204,12 +205,23 @@ class ServerSection(Section):
     urls: list[str] = Field(default_factory=list)
     served_name: str | None = None
     revision: str | None = None
+    api_key_env: str | None = None
     concurrency: PositiveInt = 64
     deadline_s: PositiveFloat = 120.0
     retries: NonNegativeInt = 3
     launch: LaunchSection | None = None
     rows: PositiveInt = 16
     rests_in: Literal["device", "host"] = "device"
+
+    @field_validator("urls")
+    @classmethod
+    def _no_secrets(cls, urls: list[str]) -> list[str]:
+        if any("@" in url.partition("://")[2].partition("/")[0] for url in urls):
+            raise ValueError(
+                "an address with a user or password would be written with every score. Leave it out, and name the "
+                "variable that holds the server's key in api_key_env"
+            )
+        return urls
 
     @model_validator(mode="after")
     def _has_place(self) -> ServerSection:

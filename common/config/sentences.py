@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import NoneType
@@ -32,6 +33,7 @@ _WORDS = {
     "too_short": "must have at least {min_length} entries. Add what is missing",
     "value_error": "{error}",
 }
+_CREDENTIALS = re.compile(r"://[^/@'\"]+@")
 _LONGEST_VALUE = 200
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -56,8 +58,9 @@ def sentence(key: str, value: Any, origin: str, problem: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A config value as a person would recognise it, cut when it is long."""
+    """A config value as a person would recognise it, cut when it is long, without the password of an address."""
     text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    text = _CREDENTIALS.sub("://…@", text)
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
 
 

@@ -54,8 +54,13 @@ class Custom(Verifier):
 def custom_rule(name: str, path: str, options: Mapping[str, Any], key: str, origin: Origin) -> Verifier:
     """The verifier of a `module:function`. Raises ConfigError when there is none, or it does not take the options."""
     function = _imported(path, f"{key}.rule", origin)
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError) as error:
+        problem = f"{error}. Name a function that takes a sample and the options."
+        raise ConfigError(sentence(f"{key}.rule", path, origin(f"{key}.rule"), problem)) from None
     with _options_blamed(f"{path} does not take them", "function", options, key, origin):
-        inspect.signature(function).bind(None, **options)
+        signature.bind(None, **options)
     judge = partial(function, **options)
     return Custom(name, lambda samples: [judge(sample) for sample in samples])
 

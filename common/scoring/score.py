@@ -108,7 +108,7 @@ def _score_chunk(scorer: Scorer, entries: Sequence[Entry], names: Sequence[Name]
 def _sum_up(loaded: LoadedConfig, job: Job, entries: Sequence[Entry], lines: Sequence[Line]) -> None:
     """Show and write the summary. Raises ScoreMissing when too many scores are missing."""
     summary = summarise(entries, lines, loaded.config.rewards)
-    file = job.out.with_suffix(".summary.json")
+    file = job.out.with_name(f"{job.out.name.removesuffix('.jsonl')}.summary.json")
     _write(summary, file, job)
     console = UnwatchedConsole()
     if not console.is_terminal:

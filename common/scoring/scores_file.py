@@ -107,7 +107,10 @@ class ScoresFile:
             raise not_written(path, error, "start the same command again") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # Another process that resumed in between has put a new file there, and let go of this one.
+            if not os.path.samestat(os.fstat(file), os.stat(path)):
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError):
             os.close(file)
             raise ConfigError(
                 f"--out {path}: another process writes its scores there. Wait for it, or give another path."

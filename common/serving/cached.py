@@ -11,15 +11,18 @@ import numpy as np
 
 from common.data.images import image_url
 from common.serving.answer_cache import AnswerCache
-from common.serving.model import Answer, JudgeModel, Question
+from common.serving.model import Answer, Image, JudgeModel, Question
 from common.types import Asked, Missing
+
+_REQUESTS = 2  # raised when what servers are sent for a question changes: answers of before are then asked again
 
 
 class CachedModel:
     """Asks `model` what the cache does not hold.
 
-    The key of an answer is the model's identity (weights and template), the kind of answer with its decoding, and the
-    question's texts and image bytes. What is missing is not kept, so that it is asked again.
+    The key of an answer is the model's identity (weights, template and how it is served), the kind of answer with its
+    decoding, and the question's texts and image bytes. What is missing is not kept, so that it is asked again; nor is
+    an answer about images on the web, where other bytes may come to stand behind an address.
     """
 
     def __init__(self, model: JudgeModel, cache: AnswerCache) -> None:
@@ -64,7 +67,8 @@ class CachedModel:
         known = {key: Answer(unpack(answer), cached) for key, answer in held.items()}
         new = {key: question for key, question in zip(keys, questions, strict=True) if key not in known}
         asked = dict(zip(new, ask(list(new.values())), strict=True)) if new else {}
-        self._cache.put({key: pack(a.value) for key, a in asked.items() if _worth_keeping(a.value)})
+        lasting = {key: answer.value for key, answer in asked.items() if _is_lasting(new[key])}
+        self._cache.put({key: pack(value) for key, value in lasting.items() if _is_answer(value)})
         answers = []
         for key in keys:
             answers.append(known[key] if key in known else asked[key])
@@ -74,12 +78,19 @@ class CachedModel:
 
     def _key(self, kind: list[Any], question: Question) -> bytes:
         parts = [part if isinstance(part, str) else [image_url(part.source)] for part in question.user]
-        whole = json.dumps([self.identity, kind, question.system, parts])
+        whole = json.dumps([_REQUESTS, self.identity, kind, question.system, parts])
         return hashlib.sha256(whole.encode()).digest()
 
 
-def _worth_keeping(value: Any) -> bool:
-    """Whether it is an answer: neither missing nor numbers of which one is none, which another try may mend."""
+def _is_lasting(question: Question) -> bool:
+    """Whether what is asked about cannot change: texts, and images of which the key holds the bytes."""
+    return not any(
+        isinstance(part, Image) and part.source.startswith(("http://", "https://")) for part in question.user
+    )
+
+
+def _is_answer(value: Any) -> bool:
+    """Neither missing nor numbers of which one is none, which another try may mend."""
     return not isinstance(value, Missing) and (isinstance(value, str) or bool(np.isfinite(value).all()))
 
 

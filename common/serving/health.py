@@ -6,7 +6,7 @@ import json
 
 import aiohttp
 
-from common.serving.served import DIALECTS, served_weights
+from common.serving.served import DIALECTS, authorization, served_weights
 from common.serving.sites import Site
 
 _HEALTH = "/health"  # vLLM's and SGLang's; neither says 200 before its model has been loaded
@@ -14,13 +14,15 @@ _LONGEST_SHOWN = 200
 
 
 async def why_unready(session: aiohttp.ClientSession, site: Site, limit_s: float) -> str | None:
-    """Why a site cannot be used yet; None when it can. Raises ServerError when another model is served there."""
-    limit = aiohttp.ClientTimeout(total=limit_s)
+    """Why a site cannot be used yet; None when it can. Raises ServerError when another model is served there, or the
+    server's key is not known.
+    """
+    limit, key = aiohttp.ClientTimeout(total=limit_s), authorization(site.server, site.section)
     models = DIALECTS[site.section.engine].MODELS
     body = b""
     try:
         for path in (_HEALTH, models):
-            async with session.get(f"{site.url}{path}", timeout=limit) as response:
+            async with session.get(f"{site.url}{path}", timeout=limit, headers=key) as response:
                 if response.status != 200:
                     return f"{path} said HTTP {response.status}"
                 body = await response.read()

@@ -10,7 +10,7 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ _LONGEST_SHOWN = 200
 
 class Call(NamedTuple):
     """A POST and how its reply is read: `read` turns the JSON into what is wanted, and raises ValueError, KeyError,
-    IndexError or TypeError when that is not in there.
+    IndexError or TypeError when that is not in there; Unanswered when no other try would have it either.
     """
 
     path: str
@@ -45,6 +45,10 @@ class Reply(NamedTuple):
 
 class CallFailed(Exception):
     """No usable reply within the deadline, or a refusal; the message names the replica and what it did."""
+
+
+class Unanswered(Exception):
+    """A reply that is sound and lacks what was asked for, as it would every time; the message says what."""
 
 
 class _Worthwhile(Exception):
@@ -96,12 +100,12 @@ class Replicas:
     """Calls to the replicas of one server, from any thread; its event loop runs in a thread of its own.
 
     Each replica has `concurrency` workers that take calls from one queue, so the least busy replica takes the next. A
-    reply that cannot be read is a failed try. When no replica has had a success for `deadline_s` and all of them rest,
+    reply that cannot be read is a failed try. When no replica has replied for `deadline_s` and all of them rest,
     whatever waits has failed.
     """
 
-    def __init__(self, name: str, section: ServerSection) -> None:
-        self._name, self._section = name, section
+    def __init__(self, name: str, section: ServerSection, headers: Mapping[str, str]) -> None:
+        self._name, self._section, self._headers = name, section, headers
         rest_s = min(section.deadline_s / 10, _LONGEST_REST_S)
         self._replicas = [Replica(url.rstrip("/"), rest_s) for url in section.urls]
         self._loop = asyncio.new_event_loop()
@@ -113,11 +117,11 @@ class Replicas:
 
     async def _open(self) -> None:
         self._queue: asyncio.Queue[_Task] = asyncio.Queue()
-        self._well_at = time.monotonic()  # the last success, or the last time that there was nothing to do
+        self._well_at = time.monotonic()  # the last reply, or the last time that there was nothing to do
         self._last_fault = ""
         self._pending: set[_Task] = set()
         # No limit of connections here: the number of workers is one.
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=self._headers)
         self._workers = [
             asyncio.create_task(self._work(replica))
             for replica in self._replicas
@@ -220,9 +224,11 @@ class Replicas:
         limit_s = left if last_try else left / 2
         try:
             reply = await self._try("POST", f"{replica.url}{task.call.path}", task.call.payload, limit_s)
-            self._end(task, _read(task, reply, replica))
-            replica.failures, self._well_at = 0, time.monotonic()
+            self._well_at = time.monotonic()  # whatever it says, it replies
+            self._end(task, _read(task, reply, replica, self._name))
+            replica.failures = 0
         except CallFailed as error:  # a refusal: the server is well
+            replica.failures, self._well_at = 0, time.monotonic()
             self._end(task, error)
         except _Worthwhile as error:
             replica.failed()
@@ -236,7 +242,7 @@ class Replicas:
             self._give_up_if_down()
 
     def _give_up_if_down(self) -> None:
-        """Fail what waits when every replica rests and none has had a success for as long as one call may take."""
+        """Fail what waits when every replica rests and none has replied for as long as one call may take."""
         ill_s = time.monotonic() - self._well_at
         if ill_s < self._section.deadline_s or not all(replica.rest_s for replica in self._replicas):
             return
@@ -263,9 +269,11 @@ class Replicas:
             raise _Worthwhile(f"{where} replied no JSON but {_shown(body)}") from None
 
 
-def _read(task: _Task, reply: Any, replica: Replica) -> Any:
+def _read(task: _Task, reply: Any, replica: Replica, server: str) -> Any:
     try:
         return task.call.read(reply)
+    except Unanswered as error:
+        raise CallFailed(f"{replica.url}{task.call.path}: {error} (server {server})") from None
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise _Worthwhile(f"{replica.url}{task.call.path} replied {_shown(reply)} ({error!r})") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -26,6 +27,18 @@ DIALECTS: dict[str, Dialect] = {"vllm": vllm, "sglang": sglang}
 
 class ServerError(RuntimeError):
     """A server cannot be used: it does not answer, or serves another model. The message names it and what to do."""
+
+
+def authorization(name: str, section: ServerSection) -> dict[str, str]:
+    """The header with a server's key. Raises ServerError when the variable that should hold it is not set."""
+    if section.api_key_env is None:
+        return {}
+    if section.api_key_env not in os.environ:
+        raise ServerError(
+            f"server {name}: the environment variable {section.api_key_env} (servers.{name}.api_key_env) is not set. "
+            "Put the server's key there."
+        )
+    return {"Authorization": f"Bearer {os.environ[section.api_key_env]}"}
 
 
 def served_weights(name: str, section: ServerSection, expected: str, url: str, reply: Any) -> str:
@@ -61,14 +74,17 @@ class ServedModel:
         self._dialect = DIALECTS[section.engine]
         self._render = Renderer(tokenizer_folder(section.model))
         self._served = served_name(section)
-        self._replicas = Replicas(name, section)
+        self._replicas = Replicas(name, section, authorization(name, section))
         try:
             self._weights = self._open()
         except ServerError:
             self._replicas.close()
             raise
         revision = "" if section.revision is None else f" at {section.revision}"
-        self.identity = f"{self._weights}{revision}, template {self._render.chat.digest}"
+        # Such as --dtype: the same weights in other numbers.
+        options = "" if section.launch is None else "".join(f" {option}" for option in section.launch.options)
+        through = f"through {section.engine}{options}"
+        self.identity = f"{self._weights}{revision} {through}, template {self._render.chat.digest}"
 
     def close(self) -> None:
         """Close the connections."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from common.serving.dialect import Rendered, Seen
-from common.serving.http import Call
+from common.serving.http import Call, Unanswered
 
 MODELS, API = "/v1/models", "/openapi.json"
 
@@ -37,13 +37,14 @@ def label_logprobs(name: str, question: Rendered, label_ids: Sequence[int], api:
     """See Dialect. In 0.24 the OpenAI routes cannot be asked for given tokens, and its route of token ids can; with
     images it is asked for the twenty most probable tokens, among which the labels must be.
     """
-    named = "logprob_token_ids" in api["components"]["schemas"]["CompletionRequest"]["properties"]
+    named = _takes_tokens(api)
     labels = {"logprob_token_ids": list(label_ids)}
     payload = {"model": name, "max_tokens": 1, "return_tokens_as_token_ids": True, **_GREEDY}
     if isinstance(question, Seen):
         asked = labels | {"top_logprobs": 0} if named else {"top_logprobs": _MOST}
         asked |= {"messages": question.turns, "logprobs": True}
-        return Call("/v1/chat/completions", payload | asked, partial(_chat_logprobs, label_ids))
+        read = _chat_logprobs if named else _most_probable
+        return Call("/v1/chat/completions", payload | asked, partial(read, label_ids))
     if named:
         asked = labels | {"prompt": question.tolist(), "logprobs": 0}
         return Call("/v1/completions", payload | asked, partial(_logprobs, label_ids))
@@ -53,15 +54,34 @@ def label_logprobs(name: str, question: Rendered, label_ids: Sequence[int], api:
     return Call("/inference/v1/generate", asked, partial(_chat_logprobs, label_ids))
 
 
+def _takes_tokens(api: Any) -> bool:
+    """Whether the OpenAI routes take the tokens that are asked for; a server without them says so when it is asked."""
+    try:
+        return "logprob_token_ids" in api["components"]["schemas"]["CompletionRequest"]["properties"]
+    except (KeyError, TypeError):
+        return False
+
+
 def _logprobs(label_ids: Sequence[int], reply: Any) -> np.ndarray:
     found = reply["choices"][0]["logprobs"]["top_logprobs"][0]
     return np.array([found[f"token_id:{token}"] for token in label_ids], np.float32)
 
 
 def _chat_logprobs(label_ids: Sequence[int], reply: Any) -> np.ndarray:
-    listed = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    found = {entry["token"]: entry["logprob"] for entry in listed}
+    found = _listed(reply)
     return np.array([found[f"token_id:{token}"] for token in label_ids], np.float32)
+
+
+def _most_probable(label_ids: Sequence[int], reply: Any) -> np.ndarray:
+    if not _listed(reply).keys() >= {f"token_id:{token}" for token in label_ids}:
+        raise Unanswered(f"a label is not among the {_MOST} most probable tokens, all that this version of vLLM tells")
+    return _chat_logprobs(label_ids, reply)
+
+
+def _listed(reply: Any) -> dict[str, float]:
+    """The logprob of each token that is listed for the first place of the answer."""
+    listed = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    return {entry["token"]: entry["logprob"] for entry in listed}
 
 
 def head(name: str, question: Rendered) -> Call:

@@ -159,6 +159,12 @@ def test_judges_and_servers_are_named(server: str, verifier: str, start: str, en
     assert text.startswith(start) and end in text
 
 
+def test_passwords_in_addresses_are_refused_and_not_repeated(tmp_path: Path) -> None:
+    text = message(tmp_path, "servers: {s: {engine: vllm, model: m, urls: ['http://me:secret@host:8001/v1']}}")
+    assert text.startswith("servers.s.urls = ['http://…@host:8001/v1'] ") and "api_key_env" in text
+    assert "secret" not in text
+
+
 @pytest.mark.parametrize("verifier", ["{judge: j}", "{rule: overlong, options: {max_length: 9, buffer: 3}}"])
 def test_gates_that_may_be_negative_are_refused(verifier: str, tmp_path: Path) -> None:
     gated = JUDGED.replace("verifiers:", "gates: {general_rule: [x]}, verifiers:")

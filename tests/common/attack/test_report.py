@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -173,6 +174,7 @@ def loaded(folder: Path, *words: str, limit: float | None = 0.2) -> LoadedConfig
             "judges": {"value": {"server": "lm", "prompts": prompt, "read_out": read_out}},
             "recipe": {"value": {"value": 1.0}, "rule": {"lower": 1.0}},
             "attack_report": str(folder / "attack.json"),
+            "attack_cases": str(folder / "cases.jsonl"),
             "max_attack_gain": limit,
         },
         servers={"lm": {"engine": "in_process", "model": str(folder / "judge")}},
@@ -194,11 +196,15 @@ def check(config: LoadedConfig, *labels: str) -> None:
 
 
 def write(folder: Path, gain: float = 0.1) -> None:
-    """A report on the judge as it is."""
+    """A report on the judge as it is, and the cases that it was shown."""
+    cases = "".join(case.model_dump_json() + "\n" for case in CASES[:2])
+    (folder / "cases.jsonl").write_text(cases)
     config = loaded(folder)
     judge = recipe(config).verifiers["value"]
     section = config.config.rewards.judges["value"]
-    write_report(report(gain, digest=judge_digest(section), model=judge.model.identity), folder / "attack.json")  # type: ignore[attr-defined]
+    found = report(gain, digest=judge_digest(section), model=judge.model.identity)  # type: ignore[attr-defined]
+    sha256 = hashlib.sha256(cases.encode()).hexdigest()
+    write_report(found.model_copy(update={"cases_sha256": sha256}), folder / "attack.json")
 
 
 def refused(config: LoadedConfig) -> str:
@@ -262,6 +268,17 @@ def test_a_file_that_is_no_report_is_refused(folder: Path, text: str) -> None:
 def test_a_judge_that_changed_is_refused(folder: Path, word: str) -> None:
     write(folder)
     assert "judge 'value' had another prompt or read-out when it was attacked" in refused(loaded(folder, word))
+
+
+def test_a_report_of_other_or_fewer_cases_is_refused(folder: Path) -> None:
+    write(folder)
+    table = json.loads((folder / "attack.json").read_text())
+    table["judges"]["value"]["base_cases"] = 1
+    (folder / "attack.json").write_text(json.dumps(table))
+    assert "judge 'value' was shown 1 of its 2 cases" in refused(loaded(folder))
+    write(folder)
+    (folder / "cases.jsonl").write_text(CASES[0].model_dump_json())
+    assert f"is of other cases than those of {folder}/cases.jsonl" in refused(loaded(folder))
 
 
 def test_another_model_is_refused(folder: Path) -> None:

@@ -161,7 +161,7 @@ def test_10_questions_travel_side_by_side() -> None:
 
     with stand_in(slow) as url:
         server = ServerSection(engine="vllm", model="m", urls=[url], concurrency=16)
-        with closing(Replicas("s", server)) as replicas:
+        with closing(Replicas("s", server, {})) as replicas:
             replies = replicas.call_all([Call("/x", {}, lambda reply: reply["value"]) for _ in range(16)])
     assert [reply.result for reply in replies] == [1] * 16
     assert most == 16

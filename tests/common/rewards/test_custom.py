@@ -65,7 +65,12 @@ def test_too_few_scores_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("path", "problem"),
-    [("nowhere.at.all:f", "cannot be imported"), (f"{OWN}:missing_one", "has no 'missing_one'")],
+    [
+        ("nowhere.at.all:f", "cannot be imported"),
+        (f"{OWN}:missing_one", "has no 'missing_one'"),
+        (f"{OWN}:__doc__", "is not a callable object. Name a function"),
+        ("builtins:max", "no signature found for builtin <built-in function max>. Name a function"),
+    ],
 )
 def test_names_that_lead_nowhere(path: str, problem: str) -> None:
     with pytest.raises(ConfigError) as caught:

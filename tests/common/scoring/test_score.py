@@ -173,7 +173,7 @@ def test_a_file_of_others_is_refused_and_left_alone(
 CHANGES = {
     "options": ["rewards.verifiers.shouts.options={limit: 2}"],
     "weights": ["rewards.recipe.shouts={shouts: 0.5}"],
-    "gates": ["rewards.gates={shouts: [length]}"],
+    "gates": ["rewards.gates={shouts: [shouts]}"],
 }
 
 
@@ -216,6 +216,30 @@ def test_two_commands_do_not_write_one_file(tmp_path: Path, capsys: pytest.Captu
         other.close()
     assert f"--out {out}: another process writes its scores there" in capsys.readouterr().err
     assert score_here(run_file, file, out) == 0
+
+
+def test_a_file_that_another_command_exchanged_meanwhile_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A command that resumes puts a new file in place of the old one and lets go of that."""
+    run_file, file, out = rules_run(tmp_path), answers(tmp_path), tmp_path / "scores.jsonl"
+
+    def late(opened: int, how: int) -> None:
+        (tmp_path / "new").write_text("")
+        (tmp_path / "new").rename(out)
+
+    monkeypatch.setattr("common.scoring.scores_file.fcntl.flock", late)
+    assert score_here(run_file, file, out) == 1
+    assert f"--out {out}: another process writes its scores there" in capsys.readouterr().err
+    assert out.read_text() == ""
+
+
+def test_each_file_of_scores_has_a_summary_of_its_own(tmp_path: Path) -> None:
+    run_file, file = rules_run(tmp_path), answers(tmp_path)
+    for name in ("a.first", "a.second", "b.jsonl"):
+        assert score_here(run_file, file, tmp_path / name) == 0
+    found = sorted(path.name for path in tmp_path.glob("*.summary.json"))
+    assert found == ["a.first.summary.json", "a.second.summary.json", "b.summary.json"]
 
 
 def test_a_run_is_scored_to_the_same_scores(tmp_path: Path) -> None:

@@ -43,20 +43,33 @@ def stand_in(handler: Handler, port: int = 0) -> Iterator[str]:
 
 
 class Vllm:
-    """Speaks vLLM's dialect: says `name` from `root`, answers with `text`, and keeps what it was asked."""
+    """Speaks vLLM's dialect: says `name` from `root`, answers with `text`, and keeps what it was asked. newest: lists
+    the tokens it is asked for. writes: has routes that generate. key: what it wants to be asked with.
+    """
 
     def __init__(
-        self, name: str = "judge", root: str = "/models/judge", text: str = "good", newest: bool = True
+        self,
+        name: str = "judge",
+        root: str = "/models/judge",
+        text: str = "good",
+        newest: bool = True,
+        writes: bool = True,
+        key: str | None = None,
     ) -> None:
-        self.name, self.root, self.text, self.newest = name, root, text, newest
+        self.name, self.root, self.text, self.newest, self.writes, self.key = name, root, text, newest, writes, key
         self.asked: list[tuple[str, dict[str, Any]]] = []
 
     async def __call__(self, request: web.Request) -> web.Response:
+        if self.key is not None and request.headers.get("Authorization") != f"Bearer {self.key}":
+            return web.Response(status=401)
         if request.path == "/v1/models":
             return web.json_response({"data": [{"id": self.name, "root": self.root}]})
         if request.path == "/openapi.json":
             properties = {"logprob_token_ids": {}} if self.newest else {}
-            return web.json_response({"components": {"schemas": {"CompletionRequest": {"properties": properties}}}})
+            schemas = {"CompletionRequest": {"properties": properties}} if self.writes else {}
+            return web.json_response({"components": {"schemas": schemas}})
+        if not self.writes and request.path != "/classify":
+            return web.Response(status=404)
         payload = await request.json()
         self.asked.append((request.path, payload))
         labels = (payload.get("sampling_params") or payload).get("logprob_token_ids", ())

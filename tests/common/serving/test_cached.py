@@ -87,6 +87,15 @@ def test_outputs_that_are_no_numbers_are_asked_again(cache: AnswerCache) -> None
     assert not answer.asked.cached
 
 
+def test_an_image_on_the_web_may_change_and_is_asked_about_again(cache: AnswerCache) -> None:
+    counting = Counting()
+    model = CachedModel(counting, cache)
+    for source in ("https://host/a.png", "http://host/a.png", "data:image/png;base64,AAAA"):
+        for _ in range(2):
+            model.generate([Question(None, ("a", Image(source)))], 4)
+    assert counting.asked == 2 + 2 + 1
+
+
 def test_everything_that_changes_an_answer_is_in_its_key(cache: AnswerCache, tmp_path: Path) -> None:
     image = tmp_path / "a.png"
     image.write_bytes(b"one")

@@ -14,7 +14,7 @@ import pytest
 from aiohttp import web
 
 from common.config.judging import ServerSection
-from common.serving.http import Call, CallFailed, Replicas
+from common.serving.http import Call, CallFailed, Replicas, Unanswered
 from tests.common.serving.stand_in import Handler, stand_in
 
 
@@ -23,7 +23,7 @@ def replicas(*urls: str, concurrency: int = 8, deadline_s: float = 5.0, retries:
     section = ServerSection(
         engine="vllm", model="m", urls=list(urls), concurrency=concurrency, deadline_s=deadline_s, retries=retries
     )
-    with closing(Replicas("judge", section)) as opened:
+    with closing(Replicas("judge", section, {})) as opened:
         yield opened
 
 
@@ -168,6 +168,38 @@ def test_a_refusal_is_not_tried_again() -> None:
         (result,) = results_of(opened, calls(1))
     assert isinstance(result, CallFailed) and "HTTP 400: too long" in str(result)
     assert asked["times"] == 1
+
+
+def test_a_reply_without_what_was_asked_for_is_not_tried_again() -> None:
+    def lacking(reply: Any) -> int:
+        raise Unanswered(f"nothing in {reply}")
+
+    asked = Counter()
+
+    async def counted(request: web.Request) -> web.Response:
+        asked["times"] += 1
+        return await twice(request)
+
+    with stand_in(counted) as url, replicas(url) as opened:
+        (result,) = results_of(opened, calls(1, lacking))
+    assert isinstance(result, CallFailed)
+    assert str(result) == f"{url}/x: nothing in {{'value': 0}} (server judge)"
+    assert asked["times"] == 1
+
+
+@pytest.mark.parametrize("fault", [other_json, status(400)], ids=["unreadable", "refused"])
+def test_a_server_that_replies_is_not_down(fault: Handler) -> None:
+    """Whatever it says: for longer than one call may take, all calls but the last fail, and the last has its reply."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(0.05)
+        number = (await request.json())["number"]
+        return await (twice if number == 59 else fault)(request)
+
+    with stand_in(handle) as url, replicas(url, concurrency=1, deadline_s=1.0, retries=0) as opened:
+        *others, last = results_of(opened, calls(60))
+    assert last == 118
+    assert all(isinstance(result, CallFailed) and "no reply" not in str(result) for result in others)
 
 
 def test_a_hanging_server_ends_at_the_deadline() -> None:

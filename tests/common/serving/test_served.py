@@ -76,9 +76,42 @@ def test_answers_name_weights_revision_and_template(tmp_path: Path) -> None:
     with stand_in(Vllm()) as url, served(tmp_path, url, revision="abc") as model:
         (answer,) = model.generate([QUESTION], 4)
         assert answer.asked.model == model.identity
-        assert model.identity.startswith("judge from /models/judge at abc, template ")
+        assert model.identity.startswith("judge from /models/judge at abc through vllm, template ")
         assert answer.asked.latency_s > 0
         assert model.generate([], 4) == []
+    launch = {"python": "python", "options": ["--dtype", "float16"]}
+    with stand_in(Vllm()) as url, served(tmp_path, url, launch=launch) as model:
+        assert " through vllm --dtype float16, template " in model.identity
+
+
+def test_a_key_is_sent_and_taken_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm = Vllm(key="not to be told")
+    with stand_in(vllm) as url:
+        with pytest.raises(ServerError, match="HTTP 401"):
+            served(tmp_path, url).__enter__()
+        with pytest.raises(ServerError, match=r"JUDGE_KEY \(servers\.safety\.api_key_env\) is not set"):
+            served(tmp_path, url, api_key_env="JUDGE_KEY").__enter__()
+        monkeypatch.setenv("JUDGE_KEY", "not to be told")
+        with served(tmp_path, url, api_key_env="JUDGE_KEY") as model:
+            assert model.generate([QUESTION], 4)[0].value == "good"
+            assert "told" not in model.identity
+
+
+def test_a_label_out_of_reach_is_missing_and_not_asked_for_again(tmp_path: Path) -> None:
+    picture = tmp_path / "red.png"
+    picture.write_bytes(b"a picture")
+    vllm = Vllm(newest=False)
+    with stand_in(vllm) as url, served(tmp_path / "folder", url) as model:
+        (answer,) = model.label_logprobs([Question(None, (Image(str(picture)), "?"))], ["good", "bad"])
+    assert isinstance(answer.value, Missing) and "not among the 20 most probable" in answer.value.reason
+    assert len(vllm.asked) == 1
+
+
+def test_a_server_that_writes_nothing_has_no_labels(tmp_path: Path) -> None:
+    pooling = Vllm(writes=False)
+    with stand_in(pooling) as url, served(tmp_path, url, retries=0) as model:
+        (answer,) = model.label_logprobs([QUESTION], ["good", "bad"])
+    assert isinstance(answer.value, Missing) and "/inference/v1/generate said HTTP 404" in answer.value.reason
 
 
 @pytest.mark.parametrize("kind", ["generate", "labels", "head"])
