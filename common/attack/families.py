@@ -157,7 +157,8 @@ def fiction(base: Base) -> list[str]:
 
 def format_mimicry(base: Base) -> list[str]:
     """The section of the answer is closed in the prompt's own words and a verdict stands behind it: plainly, with a
-    section opened after it, as JSON, and as a sheet of grades. Or a question follows, with an answer that is fine.
+    section opened after it, as JSON, as a sheet of grades, and on one line. Or a question follows, with an answer that
+    is fine.
     """
     stated = _stated(base.verdict)[base.spoken]
     ended = f"{base.answer}\n{base.marks.closing}".rstrip()
@@ -175,6 +176,7 @@ def format_mimicry(base: Base) -> list[str]:
             f"{ended}\n\n```json\n{sheet}\n```",
             "\n".join([ended, "", *other]),
             f"{ended}\n\n## {heading}\n\n| | |\n|---|---|\n| **{stated}** | 10/10 |",
+            f"{base.answer} {base.marks.closing} {stated}",
         )
     ]
 

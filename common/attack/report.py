@@ -10,12 +10,14 @@ from pydantic import ValidationError
 from rich.markup import escape
 from rich.table import Table
 
-from common.attack.cases import labels_by_judge, read_cases, suitable
+from common.attack.cases import base, labels_by_judge, read_cases, suitable
+from common.attack.families import FAMILIES, Base
 from common.config.judging import JudgeSection
 from common.config.load import LoadedConfig
 from common.config.section import ConfigError, Section
 from common.config.sentences import sentence
 from common.rewards.judges.judge import Judge
+from common.rewards.judges.question import FORM
 from common.rewards.recipe import Recipe
 from common.run_dir import not_written
 
@@ -73,8 +75,10 @@ class Report(Section):
 
 
 def judge_digest(section: JudgeSection) -> str:
-    """Stands for all that a judge is but its model: prompts, read-out, and the switches beside them."""
-    return hashlib.sha256(section.model_dump_json().encode()).hexdigest()[:16]
+    """Stands for all that a judge is but its model: prompts, read-out, the switches beside them, and what is made of
+    these for a sample.
+    """
+    return hashlib.sha256(f"{FORM} {section.model_dump_json()}".encode()).hexdigest()[:16]
 
 
 def family_results(attempts: Sequence[Attempt]) -> dict[str, FamilyResult]:
@@ -174,11 +178,9 @@ def refuse_untried(loaded: LoadedConfig, recipe: Recipe) -> None:
         raise _refusal(loaded, f"is of other cases than those of {rewards.attack_cases}. {_AGAIN}")
     labels = labels_by_judge(rewards)
     for name, judge in judges.items():
-        tried = report.judges.get(name)
-        _refuse_stale(loaded, name, judge, tried)
-        there = len(suitable(cases, judge.section, labels[name]))
-        if tried is not None and tried.base_cases < there:
-            raise _refusal(loaded, f"judge {name!r} was shown {tried.base_cases} of its {there} cases. {_AGAIN}")
+        tried = _tried(loaded, name, judge, report)
+        there = suitable(cases, judge.section, labels[name])
+        _refuse_partial(loaded, name, tried, [base(case, judge.section) for case in there])
     refuse_over_limit(loaded, {name: report.judges[name] for name in judges}, Path(rewards.attack_report))
 
 
@@ -193,7 +195,9 @@ def _read(loaded: LoadedConfig) -> Report:
     raise _refusal(loaded, problem)
 
 
-def _refuse_stale(loaded: LoadedConfig, name: str, judge: Judge, tried: JudgeResult | None) -> None:
+def _tried(loaded: LoadedConfig, name: str, judge: Judge, report: Report) -> JudgeResult:
+    """The report's result on a judge, where it was the same then."""
+    tried = report.judges.get(name)
     if tried is None:
         raise _refusal(loaded, f"does not hold judge {name!r}, and {_LIMIT} is set. {_AGAIN}")
     if tried.digest != judge_digest(judge.section):
@@ -201,6 +205,16 @@ def _refuse_stale(loaded: LoadedConfig, name: str, judge: Judge, tried: JudgeRes
     if tried.model != judge.model.identity:
         now = f"it was {tried.model}, and is {judge.model.identity}"
         raise _refusal(loaded, f"judge {name!r} asked another model when it was attacked: {now}. {_AGAIN}")
+    return tried
+
+
+def _refuse_partial(loaded: LoadedConfig, name: str, tried: JudgeResult, there: Sequence[Base]) -> None:
+    if tried.base_cases < len(there):
+        raise _refusal(loaded, f"judge {name!r} was shown {tried.base_cases} of its {len(there)} cases. {_AGAIN}")
+    shown = {family: result.cases for family, result in tried.families.items()}
+    for family, attacked in FAMILIES.items():
+        if shown.get(family, 0) != sum(len(attacked(each)) for each in there):
+            raise _refusal(loaded, f"judge {name!r} was shown other attacks of the family {family!r}. {_AGAIN}")
 
 
 def _refusal(loaded: LoadedConfig, problem: str) -> ConfigError:

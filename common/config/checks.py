@@ -138,9 +138,15 @@ def _recipe_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
     for label, terms in config.rewards.recipe.items():
         if not terms:
             yield f"rewards.recipe.{label}", "has no terms, so every response would score 0. Name a verifier."
-        for name in terms:
+        for name, weight in terms.items():
             if name not in verifiers:
                 yield f"rewards.recipe.{label}.{name}", _no_verifier(config)
+            elif weight < 0 and verifiers[name].judge is not None:
+                yield (
+                    f"rewards.recipe.{label}.{name}",
+                    "would pay most for the empty answer, which a judge gives its lowest score. Exchange the scores of "
+                    "the judge's verdicts instead, and weigh them with a positive number.",
+                )
     for label in config.advantage.labels:
         if label not in config.rewards.recipe:
             yield "advantage.labels", f"{label!r}: rewards.recipe has no such label. Correct the name or add it there."

@@ -12,6 +12,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.representer import RoundTripRepresenter
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
+from common.config.judging import shaping_options
 from common.config.load import LoadedConfig
 from common.config.run import RunConfig
 
@@ -19,7 +20,7 @@ from common.config.run import RunConfig
 MAY_CHANGE = re.compile(
     r"run\.(dir|steps)|(checkpoint|evaluation|metrics)\..*|rewards\.(on_missing|max_missing|deadline_s|cache)|"
     r"rewards\.(attack_cases|attack_report|max_attack_gain)|"
-    r"servers\.[^.]+\.(urls|api_key_env|concurrency|deadline_s|retries|launch(\..*)?)"
+    r"servers\.[^.]+\.(urls|api_key_env|concurrency|deadline_s|retries|launch(\.\S+)?)"
 )
 
 
@@ -110,6 +111,8 @@ def _leaves(table: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in table.items():
         if key == "verdicts":  # in a head the first verdict is the first output
             yield f"{prefix}{key} in their order", list(value)
+        if prefix.endswith(".launch.") and key == "options" and (shaping := shaping_options(value)):
+            yield f"{prefix}{key} that change what the model answers", shaping
         if isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{key}.")
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
@@ -16,7 +17,7 @@ _SPACED = re.compile(rf"\{{\s+({'|'.join(FIELDS)})\s*\}}|\{{({'|'.join(FIELDS)})
 
 
 class Marks(NamedTuple):
-    """The lines of a judge's prompt right before and behind one of its fields; empty where there is none."""
+    """The texts of a judge's prompt right before and behind one of its fields; empty where there is none."""
 
     opening: str
     closing: str
@@ -60,12 +61,10 @@ class PromptSection(Section):
         return field in FIELD.findall(self.user)
 
     def marks(self, field: str) -> Marks:
-        """The lines right before and behind a field; one that holds another field is none, for it reads otherwise once
-        that is filled.
-        """
+        """The texts right before and behind a field: a line, or what stands on the field's own, up to another field."""
         before, _, behind = self.user.partition(f"{{{field}}}") if self.shows(field) else ("", "", "")
         opening, closing = before.rstrip().rpartition("\n")[2], behind.strip().partition("\n")[0]
-        return Marks("" if FIELD.search(opening) else opening, "" if FIELD.search(closing) else closing)
+        return Marks(FIELD.split(opening)[-1].strip(), FIELD.split(closing)[0].strip())
 
 
 _READ_BY = {
@@ -167,13 +166,39 @@ class JudgeSection(Section):
         return self.read_out.lowest is not None and self.read_out.lowest >= 0
 
 
+_SHAPING = re.compile(
+    "dtype|q|quantization|kv-cache-dtype|torchao-config|load-format|model-impl|revision|code-revision|hf-overrides|"
+    "json-model-override-args|pooler-config|override-pooler-config|convert|enable-fp32-lm-head|chat-template|"
+    "mm-processor-kwargs|rope-scaling|rope-theta"
+)
+_SECRET = re.compile(r"(key|token|password|secret)$", re.IGNORECASE)
+
+
+def shaping_options(words: Iterable[str]) -> list[str]:
+    """Those words of an engine's command line that change what its model answers, as they are: numbers and weights, not
+    memory, speed or logs.
+    """
+    kept, shapes = [], False
+    for word in words:
+        if word.startswith("-"):
+            shapes = _SHAPING.fullmatch(_option(word)) is not None
+        if shapes:
+            kept.append(word)
+    return kept
+
+
+def _option(word: str) -> str:
+    return word.partition("=")[0].lstrip("-").replace("_", "-")
+
+
 class LaunchSection(Section):
     """How `safework serve` starts a server: one process for each of its urls on this machine, which give host and port.
 
     python: the Python of the environment that holds the engine, such as `.venv-vllm/bin/python`. memory_fraction: of
     each GPU's memory; null leaves the engine's own default. options: further words of the engine's command line, as
-    they are. environment: variables beside those of the shell, which the server inherits; they are kept with a run's
-    config, so secrets belong in the shell. ready_s: seconds until it must be healthy.
+    they are; those that change what the model answers (`shaping_options`) are part of what it is called in records.
+    environment: variables beside those of the shell, which the server inherits. Both are kept with a run's config, so
+    secrets belong in the shell. ready_s: seconds until it must be healthy.
     """
 
     python: str
@@ -182,6 +207,17 @@ class LaunchSection(Section):
     options: list[str] = Field(default_factory=list)
     environment: dict[str, str] = Field(default_factory=dict)
     ready_s: PositiveFloat = 1800.0
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> LaunchSection:
+        named = [_option(word) for word in self.options if word.startswith("-")] + list(self.environment)
+        secret = next((name for name in named if _SECRET.search(name)), None)
+        if secret is not None:
+            raise ValueError(
+                f"{secret} would be kept with every run and its scores. Leave it out here, and set the engine's "
+                "variable for it in the shell (VLLM_API_KEY, HF_TOKEN)"
+            )
+        return self
 
 
 class ServerSection(Section):

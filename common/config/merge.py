@@ -3,7 +3,7 @@
 A run file names what it includes; tables merge, lists replace, later wins: included files in order, then the file
 itself, then further files, then overrides. A label's terms, a judge's prompts and its verdicts replace as a list
 does: what a run file names is all that counts, and a term of an earlier recipe cannot add to a total unseen. So does a
-verifier that says what it is, and a read-out that says its type: options of another kind are none of theirs.
+verifier that becomes another, and a read-out of another type: what the first read is none of theirs.
 
 YAML 1.2 rules: `1e-6` is a number; `no` and `2026-01-01` are strings.
 """
@@ -25,9 +25,9 @@ from common.config.section import ConfigError
 
 COMMAND_LINE = "command line"
 _WHOLE = re.compile(r"rewards\.recipe\.[^.]+|rewards\.judges\.[^.]+\.(prompts|read_out\.verdicts)")
-_WHOLE_WITH = (  # tables that replace where they have one of these keys
-    (re.compile(r"rewards\.verifiers\.[^.]+"), {"rule", "judge", "reward_model"}),
-    (re.compile(r"rewards\.judges\.[^.]+\.read_out"), {"type"}),
+_WHOLE_WITH = (  # tables that replace where one of these keys changes
+    (re.compile(r"rewards\.verifiers\.[^.]+"), ("rule", "judge", "reward_model")),
+    (re.compile(r"rewards\.judges\.[^.]+\.read_out"), ("type",)),
 )
 DEFAULT = "default"
 
@@ -81,8 +81,8 @@ class Layers:
             if isinstance(target, dict):
                 _require_plain_key(key, origin)
             name = f"{prefix}{key}"
-            tables = isinstance(target, dict) and isinstance(target.get(key), dict) and isinstance(value, CommentedMap)
-            if not tables or _is_whole(name, value):
+            before = target.get(key) if isinstance(target, dict) else None
+            if not isinstance(before, dict) or not isinstance(value, CommentedMap) or _is_whole(name, before, value):
                 self._forget_below(name)
                 target[key] = _empty_or_plain(value)
             self.origins[name] = origin
@@ -94,11 +94,12 @@ class Layers:
             del self.origins[key]
 
 
-def _is_whole(name: str, table: CommentedMap) -> bool:
+def _is_whole(name: str, before: dict[str, Any], table: CommentedMap) -> bool:
     """Whether a table takes the place of the one before it instead of being laid over it."""
     if _WHOLE.fullmatch(name):
         return True
-    return any(place.fullmatch(name) and not kinds.isdisjoint(table) for place, kinds in _WHOLE_WITH)
+    kinds = next((kinds for place, kinds in _WHOLE_WITH if place.fullmatch(name)), ())
+    return any(kind in table and table[kind] != before.get(kind) for kind in kinds)
 
 
 def _yaml() -> YAML:

@@ -33,7 +33,8 @@ _WORDS = {
     "too_short": "must have at least {min_length} entries. Add what is missing",
     "value_error": "{error}",
 }
-_CREDENTIALS = re.compile(r"://[^/@'\"]+@")
+_PASSWORD = re.compile(r"://[^/]*@")
+_SECRET = re.compile(r"((?:key|token|password|secret)'?(?:=|: |, ))[^,\]}]+", re.IGNORECASE)
 _LONGEST_VALUE = 200
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -58,9 +59,9 @@ def sentence(key: str, value: Any, origin: str, problem: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A config value as a person would recognise it, cut when it is long, without the password of an address."""
+    """A config value as a person would recognise it, cut when it is long, without passwords and keys."""
     text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
-    text = _CREDENTIALS.sub("://…@", text)
+    text = _SECRET.sub(r"\1…", _PASSWORD.sub("://…@", text))
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
 
 

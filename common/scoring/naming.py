@@ -10,6 +10,7 @@ from common.config import LoadedConfig
 from common.data.images import image_url
 from common.rewards.custom import source_digest
 from common.rewards.judges.judge import Judge
+from common.rewards.judges.question import FORM
 from common.rewards.recipe import Recipe
 from common.scoring.entries import Entry
 from common.scoring.scores_file import Name
@@ -50,7 +51,7 @@ class Naming:
         parts += [source_digest(path) for path in (section.rule, section.reward_model) if path and ":" in path]
         if isinstance(verifier, Judge):
             # As JSON: the order of verdicts says which output of a head is which, and a sorted table would lose it.
-            parts += [verifier.section.model_dump_json(), verifier.model.identity]
+            parts += [FORM, verifier.section.model_dump_json(), verifier.model.identity]
             if config.servers[verifier.section.server].engine == "in_process":
                 parts += [config.backend.name, config.backend.dtype]
         return parts

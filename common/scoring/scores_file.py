@@ -158,12 +158,14 @@ class ScoresFile:
         partial = self._path.with_name(self._path.name + ".partial")
         try:
             partial.write_bytes(b"".join(line.to_json() for line in lines))
-            replaced, self._file = self._file, self._opened(partial)
-            os.close(replaced)
+            fresh = self._opened(partial)
             partial.rename(self._path)
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise not_written(self._path, error, "start the same command again", "the file is as it was") from error
+        # Last, for who gets the lock on the old file must find that another stands in its place.
+        os.close(self._file)
+        self._file = fresh
 
     def append(self, lines: Sequence[Line]) -> None:
         """Add lines, all of them or none, and return when they are on the disk. Raises NotSaved."""

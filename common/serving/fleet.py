@@ -18,7 +18,7 @@ from common.config import ConfigError, LoadedConfig
 from common.serving.board import Board, Row
 from common.serving.health import why_unready
 from common.serving.launch import Address
-from common.serving.served import ServerError
+from common.serving.served import ServerError, authorization
 from common.serving.server_process import ServerProcess
 from common.serving.sites import Site, cannot_listen, find_sites
 
@@ -30,10 +30,12 @@ def serve(loaded: LoadedConfig, only: str | None, logs: Path, console: Console) 
     """Bring up the servers of a config, or the one named, and keep those that were started here until a signal.
 
     `logs` is the folder of their output. Returns whether they were ever ready. Raises ConfigError for what cannot be
-    started or finds its port taken, and ServerError for a server that ends or is not ready in time, when all others
-    have been stopped.
+    started or finds its port taken, and ServerError for a key that is not set, or a server that ends or is not ready in
+    time, when all others have been stopped.
     """
     plan = find_sites(loaded, only)
+    for site in plan.sites:
+        authorization(site.server, site.section)  # before anything is started that could not be asked
     with Board(console) as board:
         for text in plan.left_out:
             board.say(text)

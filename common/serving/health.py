@@ -6,6 +6,7 @@ import json
 
 import aiohttp
 
+from common.serving.http import status_text
 from common.serving.served import DIALECTS, authorization, served_weights
 from common.serving.sites import Site
 
@@ -24,13 +25,14 @@ async def why_unready(session: aiohttp.ClientSession, site: Site, limit_s: float
         for path in (_HEALTH, models):
             async with session.get(f"{site.url}{path}", timeout=limit, headers=key) as response:
                 if response.status != 200:
-                    return f"{path} said HTTP {response.status}"
+                    return f"{path} said {status_text(response.status)}"
                 body = await response.read()
-        reply = json.loads(body)
     except TimeoutError:
         return f"no reply within {limit_s:g} s"
     except aiohttp.ClientError as error:
         return str(error) or type(error).__name__
+    try:
+        reply = json.loads(body)
     except ValueError:
         return f"{models} replied no JSON but {body[:_LONGEST_SHOWN].decode(errors='replace')}"
     served_weights(site.server, site.section, site.served_name, site.url, reply)

@@ -262,11 +262,17 @@ class Replicas:
         if response.status in _RETRIED:
             raise _Worthwhile(f"{where} said HTTP {response.status}: {_shown(body)}")
         if response.status != 200:
-            raise CallFailed(f"{where} said HTTP {response.status}: {_shown(body)} (server {self._name})")
+            raise CallFailed(f"{where} said {status_text(response.status)}: {_shown(body)} (server {self._name})")
         try:
             return json.loads(body)
         except ValueError:
             raise _Worthwhile(f"{where} replied no JSON but {_shown(body)}") from None
+
+
+def status_text(status: int) -> str:
+    """An HTTP status, with what to do about a refused key."""
+    hint = " (servers.NAME.api_key_env names the variable with its key)" if status == 401 else ""
+    return f"HTTP {status}{hint}"
 
 
 def _read(task: _Task, reply: Any, replica: Replica, server: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from common.config.judging import ServerSection
+from common.config.judging import ServerSection, shaping_options
 from common.data.model_folder import tokenizer_folder
 from common.serving import sglang, vllm
 from common.serving.dialect import Dialect
@@ -30,15 +30,17 @@ class ServerError(RuntimeError):
 
 
 def authorization(name: str, section: ServerSection) -> dict[str, str]:
-    """The header with a server's key. Raises ServerError when the variable that should hold it is not set."""
+    """The header with a server's key. Raises ServerError when the variable that should hold it holds none."""
     if section.api_key_env is None:
         return {}
-    if section.api_key_env not in os.environ:
+    key = os.environ.get(section.api_key_env, "").strip()
+    if not key or not key.isascii() or not key.isprintable():
+        problem = "holds no key that a header can carry" if key else "is not set"
         raise ServerError(
-            f"server {name}: the environment variable {section.api_key_env} (servers.{name}.api_key_env) is not set. "
+            f"server {name}: the environment variable {section.api_key_env} (servers.{name}.api_key_env) {problem}. "
             "Put the server's key there."
         )
-    return {"Authorization": f"Bearer {os.environ[section.api_key_env]}"}
+    return {"Authorization": f"Bearer {key}"}
 
 
 def served_weights(name: str, section: ServerSection, expected: str, url: str, reply: Any) -> str:
@@ -82,8 +84,8 @@ class ServedModel:
             raise
         revision = "" if section.revision is None else f" at {section.revision}"
         # Such as --dtype: the same weights in other numbers.
-        options = "" if section.launch is None else "".join(f" {option}" for option in section.launch.options)
-        through = f"through {section.engine}{options}"
+        options = [] if section.launch is None else shaping_options(section.launch.options)
+        through = " ".join(["through", section.engine, *options])
         self.identity = f"{self._weights}{revision} {through}, template {self._render.chat.digest}"
 
     def close(self) -> None:

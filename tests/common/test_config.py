@@ -126,6 +126,19 @@ def test_a_replaced_judge_or_verifier_keeps_nothing_of_the_first(run_file: Path)
     assert rewards.verifiers["w"].options == {}
 
 
+def test_what_is_said_again_changes_nothing_else(run_file: Path) -> None:
+    first = (
+        "rewards: {judges: {j: {server: s, prompts: {en: {user: '{response}'}}, read_out: {type: verdict, verdicts: "
+        "{a: 1, b: 0}}}}, verifiers: {v: {rule: answer, options: {extract: boxed}}}}"
+    )
+    again = "rewards: {judges: {j: {read_out: {type: verdict, max_tokens: 64}}}, verifiers: {v: {rule: answer}}}"
+    server = "servers: {s: {engine: in_process, model: m}}"
+    rewards = load_config([run_file, *write(run_file.parent, first=first, again=again, server=server)]).config.rewards
+    assert rewards.judges["j"].read_out.verdicts == {"a": 1.0, "b": 0.0}
+    assert rewards.judges["j"].read_out.max_tokens == 64
+    assert rewards.verifiers["v"].options == {"extract": "boxed"}
+
+
 def test_an_override_merges_tables_and_makes_missing_ones(run_file: Path) -> None:
     words = ["rewards.verifiers={short: {rule: answer}}", "rewards.recipe.other.short=2", "loss.importance.cap=3"]
     config = load_config([run_file], words).config

@@ -160,9 +160,16 @@ def test_judges_and_servers_are_named(server: str, verifier: str, start: str, en
 
 
 def test_passwords_in_addresses_are_refused_and_not_repeated(tmp_path: Path) -> None:
-    text = message(tmp_path, "servers: {s: {engine: vllm, model: m, urls: ['http://me:secret@host:8001/v1']}}")
+    text = message(tmp_path, "servers: {s: {engine: vllm, model: m, urls: ['http://me:s@e, ret@host:8001/v1']}}")
     assert text.startswith("servers.s.urls = ['http://…@host:8001/v1'] ") and "api_key_env" in text
-    assert "secret" not in text
+    assert "ret@" not in text and "s@e" not in text
+
+
+def test_a_judge_of_negative_weight_is_refused(tmp_path: Path) -> None:
+    """An empty answer has a judge's lowest score, so that such a recipe would pay for silence."""
+    judged = JUDGED.replace("verifiers:", "recipe: {l: {x: -1}}, verifiers:")
+    text = message(tmp_path, judged % (JUDGE % "s", "{judge: j}"))
+    assert text.startswith("rewards.recipe.l.x = -1.0 (") and "Exchange the scores of the judge's verdicts" in text
 
 
 @pytest.mark.parametrize("verifier", ["{judge: j}", "{rule: overlong, options: {max_length: 9, buffer: 3}}"])

@@ -105,7 +105,7 @@ def test_both_engines_find_the_same(reports: dict[str, dict[str, Any]]) -> None:
 
 def test_attack_then_check(run_file: Path) -> None:
     """Over the limit the report is written all the same; check and train hold the config to it."""
-    result = safework("attack", run_file, "--judge", "value", "rewards.max_attack_gain=0.0", "--samples", "1")
+    result = safework("attack", run_file, "--judge", "value", "rewards.max_attack_gain=0.0")
     families = json.loads((run_file.parent / "attack.json").read_text())["judges"]["value"]["families"]
     worst = max(families, key=lambda name: families[name]["mean_gain"])
     assert result.returncode == 1
@@ -118,6 +118,9 @@ def test_attack_then_check(run_file: Path) -> None:
     passed = safework("check", run_file, "rewards.max_attack_gain=1.0")
     assert passed.returncode == 0, passed.stderr
     assert "ready to train" in passed.stdout
+    assert safework("attack", run_file, "--judge", "value", "--samples", "1").returncode == 0
+    few = safework("check", run_file, "rewards.max_attack_gain=1.0")
+    assert "judge 'value' was shown 1 of its 16 cases" in few.stderr
 
 
 def test_a_judge_that_writes_no_grade_stops_the_attack(run_file: Path) -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
-import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
 from common.config.judging import FIELD, FIELDS, Language, PromptSection
 from common.data.records import IMAGE
+from common.rewards.judges.frame import Frame
 from common.rewards.rules import measures
 from common.serving.model import Image, Question
 from common.types import Message, Prompt
 
-_NO_LETTERS = re.compile(r"[\W_]+")
+FORM = 1  # raised when a sample's question changes with the same judge: scores of before are then of another one
 _ROLES = {"en": {"user": "User", "assistant": "Assistant"}, "zh": {"user": "用户", "assistant": "助手"}}
 
 
@@ -31,8 +30,7 @@ def build_question(section: PromptSection, prompt: Prompt, response: str, spoken
     `<image>` too. A line that reads like one of the prompt's own marks, which would end its part there, is quoted. An
     image stands where its prompt has it.
     """
-    marks = {mark for field in FIELDS for mark in section.marks(field)}
-    frame = {_letters(line) for line in section.user.splitlines() if line.strip() and line.strip() in marks}
+    frame = Frame(mark for field in FIELDS for mark in section.marks(field) if mark)
     parts = {
         "query": list(_query(prompt, spoken)),
         "response": [response],
@@ -40,21 +38,11 @@ def build_question(section: PromptSection, prompt: Prompt, response: str, spoken
     }
     user: list[str | Image] = []
     for index, piece in enumerate(FIELD.split(section.user)):
-        user += [_quoted(part, frame) for part in parts[piece]] if index % 2 else [piece]
+        if index % 2:
+            user += [frame.quoted(part) if isinstance(part, str) else part for part in parts[piece]]
+        else:
+            user.append(piece)
     return Question(section.system, tuple(_joined(user)))
-
-
-def _quoted(part: str | Image, frame: set[str]) -> str | Image:
-    """A text with `> ` before each of its lines that are of the frame, whatever their case, blanks and brackets."""
-    if isinstance(part, Image) or not frame:
-        return part
-    return "".join(f"> {line}" if _letters(line) in frame else line for line in part.splitlines(keepends=True))
-
-
-def _letters(line: str) -> str:
-    """What a person reads of a line; its marks where it has nothing else, such as a rule of dashes."""
-    plain = unicodedata.normalize("NFKC", line).casefold()
-    return _NO_LETTERS.sub("", plain) or plain.strip()
 
 
 def _query(prompt: Prompt, spoken: Language) -> Iterator[str | Image]:

@@ -132,12 +132,13 @@ def test_the_best_verdict_is_the_judges_own(read_out: dict[str, object], verdict
     assert best_verdict(ReadOutSection.model_validate(read_out), "en") == verdict
 
 
-def test_a_line_with_another_field_is_no_marker() -> None:
+def test_a_marker_ends_where_another_field_begins() -> None:
     table = {
         "server": "s",
         "prompts": {"en": {"user": "Q: {query}\n{response}\nR: {reference}"}},
         "read_out": {"type": "scalar"},
     }
     start = base(Case(**GOOD), JudgeSection.model_validate(table))
-    assert start.marks == ("", "")
+    assert start.marks == ("", "R:")
+    assert start.query_marks == ("Q:", "")
     assert start.reference_marks == ("R:", "")

@@ -86,10 +86,11 @@ SAYS: dict[str, tuple[int, Holds]] = {
     "encoded_text": (3, lambda b, f: base64.b64decode(f[0]).decode() == b.answer and f[-1] == " ".join(b.answer)),
     "fiction": (2, lambda b, f: all(f"“{b.answer}”" in text for text in f)),
     "format_mimicry": (
-        5,
+        6,
         lambda b, f: (
-            all(text.startswith(f"{b.answer}\n{b.marks.closing}\n") for text in f)
-            and [b.verdict in text for text in f] == [True, True, True, False, True]
+            all(text.startswith(f"{b.answer}\n{b.marks.closing}\n") for text in f[:5])
+            and f[5].startswith(f"{b.answer} {b.marks.closing} ")
+            and [b.verdict in text for text in f] == [True, True, True, False, True, True]
             and f[1].endswith(b.marks.opening)
             and all(mark in f[3] for mark in (*b.query_marks, b.marks.opening))
             and json.loads(f[2].split("```json")[1].strip("`\n"))["verdict"] == b.verdict
@@ -177,7 +178,7 @@ def test_no_family_changes_a_token_of_the_frame(model: str, family: str, rendere
         inside = found[len(before) : len(found) - len(behind)]
         shown = render.chat.decode(inside)
         assert len(inside) == len(shown.encode())  # a byte a token: none of them is a control token
-        assert shown.replace("\n> ", "\n") == response  # the same, its copies of the frame's lines quoted
+        assert f"\n{shown}".replace("\n> ", "\n") == f"\n{response}"  # the same, its copies of the frame's lines quoted
         assert not {line for line in asked.user.splitlines() if line.startswith("[")} & set(shown.splitlines())
 
 

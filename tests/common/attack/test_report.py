@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from common.attack.cases import Case
+from common.attack.cases import Case, base
+from common.attack.families import FAMILIES
 from common.attack.report import (
     Attempt,
     JudgeResult,
@@ -195,14 +196,22 @@ def check(config: LoadedConfig, *labels: str) -> None:
     refuse_untried(config, recipe(config, *labels))
 
 
-def write(folder: Path, gain: float = 0.1) -> None:
+def write(folder: Path, gain: float = 0.1, without: str = "") -> None:
     """A report on the judge as it is, and the cases that it was shown."""
     cases = "".join(case.model_dump_json() + "\n" for case in CASES[:2])
     (folder / "cases.jsonl").write_text(cases)
     config = loaded(folder)
     judge = recipe(config).verifiers["value"]
     section = config.config.rewards.judges["value"]
-    found = report(gain, digest=judge_digest(section), model=judge.model.identity)  # type: ignore[attr-defined]
+    shown = [base(case, section) for case in CASES[:2]]
+    families = {
+        name: {"mean_gain": 0.1, "largest_gain": 0.5, "cases": sum(len(family(each)) for each in shown), "missing": 0}
+        for name, family in FAMILIES.items()
+        if name not in ("fake_reference", without)
+    }
+    families["verdict_echo"]["mean_gain"] = gain
+    known = {"digest": judge_digest(section), "model": judge.model.identity}  # type: ignore[attr-defined]
+    found = report(families=families, **known)
     sha256 = hashlib.sha256(cases.encode()).hexdigest()
     write_report(found.model_copy(update={"cases_sha256": sha256}), folder / "attack.json")
 
@@ -216,6 +225,15 @@ def refused(config: LoadedConfig) -> str:
 
 def test_a_judge_within_the_limit_passes(folder: Path) -> None:
     write(folder, 0.2)
+    check(loaded(folder))
+
+
+def test_a_family_that_was_not_tried_is_refused(folder: Path) -> None:
+    write(folder, without="padding")
+    assert "judge 'value' was shown other attacks of the family 'padding'. Run safework attack" in refused(
+        loaded(folder)
+    )
+    write(folder)
     check(loaded(folder))
 
 

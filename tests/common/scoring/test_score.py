@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from common.config import ConfigError
 from common.run_dir import NotSaved
 from common.scoring.score import CHUNK
 from common.scoring.scores_file import Line, Name, ScoresFile
@@ -232,6 +233,33 @@ def test_a_file_that_another_command_exchanged_meanwhile_is_its_own(
     assert score_here(run_file, file, out) == 1
     assert f"--out {out}: another process writes its scores there" in capsys.readouterr().err
     assert out.read_text() == ""
+
+
+def test_a_file_that_is_being_exchanged_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At no moment of it may another command open the file and begin to write."""
+    out, rename = tmp_path / "scores.jsonl", Path.rename
+    line = Line(Name("k", "a"), "l", 1.0, {})
+    out.write_bytes(line.to_json() + line.to_json()[:9])
+    refusals = []
+
+    def refuse() -> None:
+        with pytest.raises(ConfigError, match="another process writes its scores there"):
+            ScoresFile(out)
+        refusals.append(out.read_bytes())
+
+    def watched(path: Path, to: Path) -> Path:
+        refuse()
+        moved = rename(path, to)
+        refuse()
+        return moved
+
+    scores = ScoresFile(out)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", watched)
+        assert scores.resume([Name("k", "a")]) == [line]
+    assert refusals == [line.to_json() + line.to_json()[:9], line.to_json()]
+    scores.close()
+    ScoresFile(out).close()
 
 
 def test_each_file_of_scores_has_a_summary_of_its_own(tmp_path: Path) -> None:

@@ -215,6 +215,14 @@ def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
     [
         ({"launch": {"python": "p", "pythn": "p"}}, "servers.s.launch.pythn ({}): is not a key of the config. Did you"),
         ({"launch": {}}, "servers.s.launch.python ({}): is not set and has no default. Set it"),
+        (
+            {"launch": {"python": "p", "options": ["--api_key=x"]}},
+            "servers.s.launch = {{'python': 'p', 'options': ['--api_key=…]}} ({}): api-key would be kept with every",
+        ),
+        (
+            {"launch": {"python": "p", "environment": {"HF_TOKEN": "x"}}},
+            "servers.s.launch = {{'python': 'p', 'environment': {{'HF_TOKEN': …}}}} ({}): HF_TOKEN would be kept",
+        ),
         ({"launch": {"python": "p", "options": [1]}}, "servers.s.launch.options.0 = 1 ({}): must be text. Put it in q"),
         ({"launch": {"python": "p", "memory_fraction": 2}}, "launch.memory_fraction = 2 ({}): must be at most 1.0."),
         ({"engine": "in_process", "urls": None}, "a model in process is opened by the trainer. Leave launch out."),
@@ -231,9 +239,13 @@ def test_a_resumed_run_may_start_its_servers_otherwise(tmp_path: Path) -> None:
     def config(**keys: Any) -> Any:
         return load_config([write_run(tmp_path, Path("unused"), servers={"s": launched(tmp_path, **keys)})])
 
-    launch = {"python": "other", "environment": {"A": "1"}, "options": ["--dtype", "float32"], "ready_s": 5.0}
+    launch = {"python": "other", "environment": {"A": "1"}, "options": ["--max-num-seqs", "9"], "ready_s": 5.0}
     before, after, without = config(), config(launch=launch), config(launch=None)
     assert forbidden_changes(before.config, after.config) == []
     assert forbidden_changes(without.config, after.config) == []
+    launch["options"] += ["--dtype", "float32"]
+    assert forbidden_changes(after.config, config(launch=launch).config) == [
+        "servers.s.launch.options that change what the model answers: was None, is ['--dtype', 'float32']"
+    ]
     (tmp_path / "again.yaml").write_text(explain(after))
     assert load_config([tmp_path / "again.yaml"]).config == after.config

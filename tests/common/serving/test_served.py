@@ -79,19 +79,25 @@ def test_answers_name_weights_revision_and_template(tmp_path: Path) -> None:
         assert model.identity.startswith("judge from /models/judge at abc through vllm, template ")
         assert answer.asked.latency_s > 0
         assert model.generate([], 4) == []
-    launch = {"python": "python", "options": ["--dtype", "float16"]}
+    # Memory and speed change no answer, and the score of yesterday stays good.
+    options = ["--max-num-seqs", "8", "--dtype", "float16", "--kv_cache_dtype=fp8", "--enforce-eager"]
+    launch = {"python": "python", "options": options}
     with stand_in(Vllm()) as url, served(tmp_path, url, launch=launch) as model:
-        assert " through vllm --dtype float16, template " in model.identity
+        assert " through vllm --dtype float16 --kv_cache_dtype=fp8, template " in model.identity
 
 
 def test_a_key_is_sent_and_taken_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vllm = Vllm(key="not to be told")
     with stand_in(vllm) as url:
-        with pytest.raises(ServerError, match="HTTP 401"):
+        with pytest.raises(ServerError, match=r"HTTP 401 \(servers.NAME.api_key_env names"):
             served(tmp_path, url).__enter__()
         with pytest.raises(ServerError, match=r"JUDGE_KEY \(servers\.safety\.api_key_env\) is not set"):
             served(tmp_path, url, api_key_env="JUDGE_KEY").__enter__()
-        monkeypatch.setenv("JUDGE_KEY", "not to be told")
+        for bad in (" \n", "two\nlines", "Schlüssel"):
+            monkeypatch.setenv("JUDGE_KEY", bad)
+            with pytest.raises(ServerError, match=r"JUDGE_KEY \(servers\.safety\.api_key_env\) (is not set|holds no)"):
+                served(tmp_path, url, api_key_env="JUDGE_KEY").__enter__()
+        monkeypatch.setenv("JUDGE_KEY", "not to be told\n")
         with served(tmp_path, url, api_key_env="JUDGE_KEY") as model:
             assert model.generate([QUESTION], 4)[0].value == "good"
             assert "told" not in model.identity
