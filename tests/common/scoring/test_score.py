@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from common.config import ConfigError
 from common.run_dir import NotSaved
 from common.scoring.score import CHUNK
 from common.scoring.scores_file import Line, Name, ScoresFile
-from common.types import Asked, Missing, Score
+from common.types import Missing
 from tests.common.serving.stand_in import Vllm, stand_in
 from tests.full_disk import limited_files, small_disk
 from tests.numpy_run import train
@@ -235,33 +234,6 @@ def test_a_file_that_another_command_exchanged_meanwhile_is_its_own(
     assert out.read_text() == ""
 
 
-def test_a_file_that_is_being_exchanged_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At no moment of it may another command open the file and begin to write."""
-    out, rename = tmp_path / "scores.jsonl", Path.rename
-    line = Line(Name("k", "a"), "l", 1.0, {})
-    out.write_bytes(line.to_json() + line.to_json()[:9])
-    refusals = []
-
-    def refuse() -> None:
-        with pytest.raises(ConfigError, match="another process writes its scores there"):
-            ScoresFile(out)
-        refusals.append(out.read_bytes())
-
-    def watched(path: Path, to: Path) -> Path:
-        refuse()
-        moved = rename(path, to)
-        refuse()
-        return moved
-
-    scores = ScoresFile(out)
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "rename", watched)
-        assert scores.resume([Name("k", "a")]) == [line]
-    assert refusals == [line.to_json() + line.to_json()[:9], line.to_json()]
-    scores.close()
-    ScoresFile(out).close()
-
-
 def test_each_file_of_scores_has_a_summary_of_its_own(tmp_path: Path) -> None:
     run_file, file = rules_run(tmp_path), answers(tmp_path)
     for name in ("a.first", "a.second", "b.jsonl"):
@@ -333,20 +305,6 @@ def test_a_full_disk_while_making_room_leaves_the_file(tmp_path: Path, full: Pat
         assert not list(full.glob("*.partial"))
     finally:
         scores.close()
-
-
-def test_lines_are_read_as_they_were_written() -> None:
-    results: dict[str, Score | Missing] = {
-        "judge": Score(0.1, "“Safe”\n", "Safe", Asked("m", 0.25, 1.5, True)),
-        "rule": Score(-1.0, ""),
-        "both": Score(0.5, "", "Safe", Asked("m", 0.0, 1.0, False), 0.25),
-        "lost": Missing("it is down", asked=Asked("n", 0.0, 2.0, False)),
-        "mumbles": Missing("?", True, Asked("n", 0.0, 2.0, False)),
-        "own": Missing("no"),
-    }
-    line = Line(Name("0123456789abcdef", "名"), "标签", None, results)
-    assert Line.from_json(line.to_json()) == line
-    assert line.to_json().startswith(b'{"key": "') and line.to_json().count(b"\n") == 1
 
 
 def test_scores_by_code_that_was_edited_are_refused(
