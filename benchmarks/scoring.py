@@ -23,8 +23,9 @@ from pathlib import Path
 import psutil
 from aiohttp import web
 
-from common.config.judging import JudgeSection, ServerSection
+from common.config.judging import JudgeSection
 from common.config.load import load_config
+from common.config.servers import ServerSection
 from common.data.chat import transcript
 from common.data.model_folder import model_folder
 from common.rewards.judges.judge import Judge

@@ -12,7 +12,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.representer import RoundTripRepresenter
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from common.config.judging import shaping_options
+from common.config.launching import shaping_options
 from common.config.load import LoadedConfig
 from common.config.run import RunConfig
 

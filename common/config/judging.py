@@ -1,14 +1,13 @@
-"""The sections of judges, as data: what a judge is asked, how its answer becomes a score, and where its model runs."""
+"""The sections of judges, as data: what a judge is asked, and how its answer becomes a score."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
-from common.config.section import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from common.config.section import NonNegativeInt, PositiveInt, Section
 
 FIELDS = ("query", "response", "reference")
 Language = Literal["en", "zh"]
@@ -164,107 +163,3 @@ class JudgeSection(Section):
     def may_multiply(self) -> bool:
         """Whether no score of the judge is negative, so that products of them keep their order."""
         return self.read_out.lowest is not None and self.read_out.lowest >= 0
-
-
-_SHAPING = re.compile(
-    "dtype|q|quantization|kv-cache-dtype|torchao-config|load-format|model-impl|revision|code-revision|hf-overrides|"
-    "json-model-override-args|pooler-config|override-pooler-config|convert|enable-fp32-lm-head|chat-template|"
-    "mm-processor-kwargs|rope-scaling|rope-theta"
-)
-_SECRET = re.compile(r"(key|token|password|secret)$", re.IGNORECASE)
-
-
-def shaping_options(words: Iterable[str]) -> list[str]:
-    """Those words of an engine's command line that change what its model answers, as they are: numbers and weights, not
-    memory, speed or logs.
-    """
-    kept, shapes = [], False
-    for word in words:
-        if word.startswith("-"):
-            shapes = _SHAPING.fullmatch(_option(word)) is not None
-        if shapes:
-            kept.append(word)
-    return kept
-
-
-def _option(word: str) -> str:
-    return word.partition("=")[0].lstrip("-").replace("_", "-")
-
-
-class LaunchSection(Section):
-    """How `safework serve` starts a server: one process for each of its urls on this machine, which give host and port.
-
-    python: the Python of the environment that holds the engine, such as `.venv-vllm/bin/python`. memory_fraction: of
-    each GPU's memory; null leaves the engine's own default. options: further words of the engine's command line, as
-    they are; those that change what the model answers (`shaping_options`) are part of what it is called in records.
-    environment: variables beside those of the shell, which the server inherits. Both are kept with a run's config, so
-    secrets belong in the shell. ready_s: seconds until it must be healthy.
-    """
-
-    python: str
-    tensor_parallel: PositiveInt = 1
-    memory_fraction: Fraction | None = None
-    options: list[str] = Field(default_factory=list)
-    environment: dict[str, str] = Field(default_factory=dict)
-    ready_s: PositiveFloat = 1800.0
-
-    @model_validator(mode="after")
-    def _no_secrets(self) -> LaunchSection:
-        named = [_option(word) for word in self.options if word.startswith("-")] + list(self.environment)
-        secret = next((name for name in named if _SECRET.search(name)), None)
-        if secret is not None:
-            raise ValueError(
-                f"{secret} would be kept with every run and its scores. Leave it out here, and set the engine's "
-                "variable for it in the shell (VLLM_API_KEY, HF_TOKEN)"
-            )
-        return self
-
-
-class ServerSection(Section):
-    """A model that judges ask, whatever it runs on. All judges that name a server share it.
-
-    engine: `vllm` and `sglang` serve it over HTTP, the same model at each of `urls`; with `in_process` it lives beside
-    the policy, on the trainer's own engine and in its dtype. model: a local Hugging Face folder, a hub name, or an
-    `embedded:` model; its tokenizer writes the questions. head: a safetensors file with a tensor `score.weight` [C D],
-    which takes the place of the model's own head.
-    Over HTTP: served_name is what the servers call it, if not `model`; revision is part of the model's name in records
-    and in the cache of answers, to be changed when other weights come to stand behind one name or folder, or the same
-    ones in other numbers; api_key_env: the environment variable that holds the key of servers that want one;
-    concurrency: questions in flight at each url; deadline_s: seconds for one question, with all its retries; launch:
-    null where somebody else starts the servers.
-    In process: rows are questions computed side by side; rests_in: where the weights are while nobody asks.
-    """
-
-    engine: Literal["vllm", "sglang", "in_process"]
-    model: str
-    head: str | None = None
-    urls: list[str] = Field(default_factory=list)
-    served_name: str | None = None
-    revision: str | None = None
-    api_key_env: str | None = None
-    concurrency: PositiveInt = 64
-    deadline_s: PositiveFloat = 120.0
-    retries: NonNegativeInt = 3
-    launch: LaunchSection | None = None
-    rows: PositiveInt = 16
-    rests_in: Literal["device", "host"] = "device"
-
-    @field_validator("urls")
-    @classmethod
-    def _no_secrets(cls, urls: list[str]) -> list[str]:
-        if any("@" in url.partition("://")[2].partition("/")[0] for url in urls):
-            raise ValueError(
-                "an address with a user or password would be written with every score. Leave it out, and name the "
-                "variable that holds the server's key in api_key_env"
-            )
-        return urls
-
-    @model_validator(mode="after")
-    def _has_place(self) -> ServerSection:
-        if self.engine == "in_process" and self.urls:
-            raise ValueError("a model in process has no urls. Leave them out, or set engine to vllm or sglang")
-        if self.engine == "in_process" and self.launch is not None:
-            raise ValueError("a model in process is opened by the trainer. Leave launch out")
-        if self.engine != "in_process" and not self.urls:
-            raise ValueError(f"an engine of {self.engine} is reached by HTTP. Give its urls, one for each replica")
-        return self

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from common.config.judging import JudgeSection, ServerSection
+from common.config.judging import JudgeSection
 from common.config.method import AdvantageConfig, LossConfig, OptimizerConfig
 from common.config.section import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from common.config.servers import ServerSection
 
 
 class RunSection(Section):

@@ -33,8 +33,10 @@ _WORDS = {
     "too_short": "must have at least {min_length} entries. Add what is missing",
     "value_error": "{error}",
 }
-_PASSWORD = re.compile(r"://[^/]*@")
-_SECRET = re.compile(r"((?:key|token|password|secret)'?(?:=|: |, ))[^,\]}]+", re.IGNORECASE)
+_ADDRESSES = "urls"
+_SECRETIVE = ("options", "environment")  # of a launch table: words for a program
+_PASSWORD = re.compile(r"://[^/\s]*@")
+_SECRET = re.compile(r"(key|token|password|secret)$", re.IGNORECASE)
 _LONGEST_VALUE = 200
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -54,15 +56,30 @@ def parse_table(model: type[Model], table: Mapping[str, Any], prefix: str, origi
 
 
 def sentence(key: str, value: Any, origin: str, problem: str) -> str:
-    """`key = value (origin): problem`."""
-    return f"{key} = {shown(value)} ({origin}): {problem}"
+    """`key = value (origin): problem`; without the value where it may hold somebody's key or password."""
+    is_hidden = key.startswith("servers.") and not all(_is_public(part, value) for part in key.split(".")[2:])
+    return f"{key} ({origin}): {problem}" if is_hidden else f"{key} = {shown(value)} ({origin}): {problem}"
 
 
 def shown(value: Any) -> str:
     """A config value as a person would recognise it, cut when it is long, without passwords and keys."""
+    value = _without_secrets(value)
     text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
-    text = _SECRET.sub(r"\1…", _PASSWORD.sub("://…@", text))
+    text = _PASSWORD.sub("://…@", text)
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_secrets(each) if _is_public(str(key), each) else "…" for key, each in value.items()}
+    return [_without_secrets(each) for each in value] if isinstance(value, list) else value
+
+
+def _is_public(key: str, value: Any) -> bool:
+    """Whether what stands under a key may be repeated. Addresses may that hold nothing but a place."""
+    if key == _ADDRESSES:
+        return not set("@?") & set(repr(value))
+    return not value or (key not in _SECRETIVE and not _SECRET.search(key))
 
 
 def unknown_key(key: str, origin: str, known: list[str]) -> str:

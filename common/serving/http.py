@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
-from common.config.judging import ServerSection
+from common.config.servers import ServerSection
 
 _RETRIED = (408, 425, 429, 500, 502, 503, 504)  # a busy or restarting server; anything else would be refused again
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 8.0

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from common.config.judging import ServerSection
 from common.config.section import ConfigError
+from common.config.servers import ServerSection
 from common.data.model_config import is_classifier, read_model_config
 from common.data.model_folder import judge_folder
 from common.data.model_weights import weights_digest

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-from common.config.judging import LaunchSection, ServerSection
+from common.config.launching import LaunchSection
 from common.config.section import ConfigError
+from common.config.servers import ServerSection
 from common.data.model_folder import engine_path
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from common.config.judging import ServerSection, shaping_options
+from common.config.launching import shaping_options
+from common.config.servers import ServerSection
 from common.data.model_folder import tokenizer_folder
 from common.serving import sglang, vllm
 from common.serving.dialect import Dialect

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from common.config.judging import ServerSection
 from common.config.load import LoadedConfig
 from common.config.sentences import blamed
+from common.config.servers import ServerSection
 from common.data.embedded_model import default_cache
 from common.serving.answer_cache import AnswerCache
 from common.serving.cached import CachedModel

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from common.config import ConfigError, LoadedConfig
-from common.config.judging import ServerSection
 from common.config.sentences import blamed
+from common.config.servers import ServerSection
 from common.data.model_config import is_classifier, read_any_model_config
 from common.data.model_folder import engine_path, tokenizer_folder
 from common.serving.launch import Address, Loaded, command, served_name
@@ -105,13 +105,8 @@ def _sites_of(loaded: LoadedConfig, name: str, section: ServerSection) -> list[S
 
 def _place(url: str) -> Address | None:
     """The address at which a server of this url listens, or None where that is another machine's."""
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise ConfigError(f"is no address ({error}). Write http://HOST:PORT.") from None
-    if host is None:
-        raise ConfigError("names no host. Write http://HOST:PORT.")
+    parts = urlsplit(url)
+    host, port = parts.hostname or "", parts.port
     if not _is_here(host):
         return None
     if parts.scheme != "http" or port is None or parts.path.strip("/"):

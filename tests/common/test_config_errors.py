@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from common.config import ConfigError, load_config
+from common.config.servers import ServerSection
 
 RUN_FILE = """\
 run: {dir: runs/test, steps: 3}
@@ -130,7 +132,7 @@ def test_wrong_value(case: Case, tmp_path: Path) -> None:
 
 JUDGE = "{server: %s, prompts: {en: {user: '{response}'}}, read_out: {type: scalar}}"
 JUDGED = """\
-servers: {s: {engine: vllm, model: m, urls: [u]}}
+servers: {s: {engine: vllm, model: m, urls: ['http://u']}}
 rewards: {judges: {j: %s}, verifiers: {x: %s}}
 """
 
@@ -159,10 +161,67 @@ def test_judges_and_servers_are_named(server: str, verifier: str, start: str, en
     assert text.startswith(start) and end in text
 
 
-def test_passwords_in_addresses_are_refused_and_not_repeated(tmp_path: Path) -> None:
-    text = message(tmp_path, "servers: {s: {engine: vllm, model: m, urls: ['http://me:s@e, ret@host:8001/v1']}}")
-    assert text.startswith("servers.s.urls = ['http://…@host:8001/v1'] ") and "api_key_env" in text
-    assert "ret@" not in text and "s@e" not in text
+@pytest.mark.parametrize(
+    "url",
+    ["http://me:s3cret@host:8001/v1", "http://me:s3@c/ret@host:8001", "http://host:8001/?key=s3cret", "s3cret@host"],
+)
+def test_secrets_in_addresses_are_refused_and_not_repeated(url: str, tmp_path: Path) -> None:
+    text = message(tmp_path, f"servers: {{s: {{engine: vllm, model: m, urls: ['http://a', '{url}']}}}}")
+    assert text.startswith("servers.s.urls.1 (") and "api_key_env names the variable" in text
+    assert not {"s3cret", "s3", "cret"} & set(re.split(r"\W", text.partition("): ")[2]))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "host:8001",
+        "ftp://host",
+        "http://",
+        "http://:80",
+        "http://host:99999",
+        "http://host:0",
+        "http://a..b:80",
+        f"http://{'a' * 64}.b",
+        "http://host:x",
+        "http://a b",
+        "http://[::1",
+    ],
+)
+def test_what_is_no_address_is_refused(url: str, tmp_path: Path) -> None:
+    text = message(tmp_path, f"servers: {{s: {{engine: vllm, model: m, urls: ['{url}']}}}}")
+    assert text.startswith(f"servers.s.urls.0 = '{url}' (") and "is not the address of a server. Write http://" in text
+
+
+@pytest.mark.parametrize("url", ["http://host", "https://a_b.c/v1/", "http://[::1]:8001", "http://10.0.0.1:65535"])
+def test_addresses_are_taken(url: str) -> None:
+    assert ServerSection.model_validate({"engine": "vllm", "model": "m", "urls": [url]}).urls == [url]
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        "options: ['--api_key=s3cret']",
+        "options: ['--api-key s3cret']",
+        "options: [--hf-token, 's3cret']",
+        "options: ['--proxy', 'http://me:s3cret@proxy']",
+        "options: --api-key s3cret",
+        "options: ['--dtype', 's3cret', 1]",
+        "options: {a: ['s3cret']}",
+        "environment: {HF_TOKEN: 's3,]}cret'}",
+        "environment: {HTTPS_PROXY: 'http://me:s3cret@proxy'}",
+        "environment: {HF_TOKEN: 3333333}",
+        "environment: [HF_TOKEN, s3cret]",
+    ],
+)
+def test_secrets_of_a_launch_are_refused_and_not_repeated(launch: str, tmp_path: Path) -> None:
+    table = f"{{engine: vllm, model: m, urls: ['http://a'], launch: {{python: p, {launch}}}}}"
+    text = message(tmp_path, f"servers: {{s: {table}}}")
+    assert text.startswith("servers.s.launch") and not {"s3", "s3cret", "cret", "3333333"} & set(re.split(r"\W", text))
+    assert "would be kept with every run" in text or "must be " in text
+    # Nor where something else is wrong with the server.
+    text = message(tmp_path, f"servers: {{s: {table.replace('vllm', 'in_process').replace('p, ', 'p, x: 1, ')}}}")
+    assert not {"s3", "s3cret", "cret", "3333333"} & set(re.split(r"\W", text))
 
 
 def test_a_judge_of_negative_weight_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from common.config.judging import ServerSection
+from common.config.servers import ServerSection
 from common.serving.served import ServedModel
 from tests.engines.pairs import head_outputs, judge, label_probabilities, questions
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from common.config import ConfigError, LoadedConfig, load_config
-from common.config.judging import ServerSection
+from common.config.servers import ServerSection
 from common.serving.in_process import InProcessModel, OpenJudge
 from common.serving.model import Image, LocalJudge, Question
 from common.types import Missing

@@ -11,7 +11,8 @@ import pytest
 from aiohttp import web
 
 from common.config import ConfigError, load_config
-from common.config.judging import JudgeSection, PromptSection, ReadOutSection, ServerSection
+from common.config.judging import JudgeSection, PromptSection, ReadOutSection
+from common.config.servers import ServerSection
 from common.rewards.judges.judge import Judge
 from common.rewards.recipe import Recipe
 from common.rewards.rules.format import ThinkFormat

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from common.config import load_config
-from common.config.judging import ServerSection
+from common.config.servers import ServerSection
 from common.data.model_folder import model_folder
 from common.serving.http import Call
 from common.serving.in_process import InProcessModel

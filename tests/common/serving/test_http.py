@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from common.config.judging import ServerSection
+from common.config.servers import ServerSection
 from common.serving.http import Call, CallFailed, Replicas, Unanswered
 from tests.common.serving.stand_in import Handler, stand_in
 

@@ -12,7 +12,8 @@ import pytest
 
 from common.config import ConfigError, load_config
 from common.config.explain import explain, forbidden_changes
-from common.config.judging import LaunchSection, ServerSection
+from common.config.launching import LaunchSection
+from common.config.servers import ServerSection
 from common.serving import sglang, vllm
 from common.serving.launch import Address, Loaded, command, served_name
 from common.serving.served import ServerError, served_weights
@@ -177,12 +178,10 @@ def test_where_a_url_is(url: str, host: str | None, tmp_path: Path) -> None:
         ({"model": "/tmp"}, "servers.s.model = '/tmp' (", "holds no config.json. Give a Hugging Face model folder."),
         ({"urls": ["http://127.0.0.1"]}, "servers.s.urls.0 = 'http://127.0.0.1' (", "Write http://HOST:PORT."),
         ({"urls": ["https://127.0.0.1:80"]}, "servers.s.urls.0 = 'https://127.0.0.1:80' (", "Write http://HOST:PORT."),
-        ({"urls": [URL, "http://127.0.0.1:x"]}, "servers.s.urls.1 = 'http://127.0.0.1:x' (", "Write http://HOST:PORT."),
-        ({"urls": ["somewhere"]}, "servers.s.urls.0 = 'somewhere' (", "names no host. Write http://HOST:PORT."),
         ({"urls": [URL, "http://localhost:8001"]}, "servers.s.urls = ['http", f"of s at {URL} too. Give each url its"),
         (
             {"launch": {"python": sys.executable, "options": ["--port", "1"]}},
-            "servers.s.launch.options = ['--port', '1'] (",
+            "servers.s.launch.options (",
             "--port follows from the server's other keys. Leave it out",
         ),
         ({"engine": "sglang", "served_name": "rm"}, "servers.s.served_name = 'rm' (", "Leave it out, or set it to /"),
@@ -216,14 +215,13 @@ def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
         ({"launch": {"python": "p", "pythn": "p"}}, "servers.s.launch.pythn ({}): is not a key of the config. Did you"),
         ({"launch": {}}, "servers.s.launch.python ({}): is not set and has no default. Set it"),
         (
-            {"launch": {"python": "p", "options": ["--api_key=x"]}},
-            "servers.s.launch = {{'python': 'p', 'options': ['--api_key=…]}} ({}): api-key would be kept with every",
+            {"launch": {"python": "p", "options": ["--config", "x.yaml"]}},
+            "servers.s.launch = {{'python': 'p', 'options': '…'}} ({}): --config names a file, and records would not",
         ),
         (
-            {"launch": {"python": "p", "environment": {"HF_TOKEN": "x"}}},
-            "servers.s.launch = {{'python': 'p', 'environment': {{'HF_TOKEN': …}}}} ({}): HF_TOKEN would be kept",
+            {"launch": {"python": "p", "options": [1]}},
+            "servers.s.launch.options.0 ({}): must be text. Put it in quotes",
         ),
-        ({"launch": {"python": "p", "options": [1]}}, "servers.s.launch.options.0 = 1 ({}): must be text. Put it in q"),
         ({"launch": {"python": "p", "memory_fraction": 2}}, "launch.memory_fraction = 2 ({}): must be at most 1.0."),
         ({"engine": "in_process", "urls": None}, "a model in process is opened by the trainer. Leave launch out."),
     ],

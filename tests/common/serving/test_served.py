@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from common.config.judging import ServerSection
+from common.config.launching import shaping_options
+from common.config.servers import ServerSection
 from common.serving.model import Image, Question
 from common.serving.served import ServedModel, ServerError
 from common.types import Missing
@@ -80,10 +81,29 @@ def test_answers_name_weights_revision_and_template(tmp_path: Path) -> None:
         assert answer.asked.latency_s > 0
         assert model.generate([], 4) == []
     # Memory and speed change no answer, and the score of yesterday stays good.
-    options = ["--max-num-seqs", "8", "--dtype", "float16", "--kv_cache_dtype=fp8", "--enforce-eager"]
+    shaping = "--dtype float16 --kv_cache_dtype=fp8"
+    options = ["--max-num-seqs", "8", *shaping.split(), "--enforce-eager", "--max_num_batched_tokens=-1"]
     launch = {"python": "python", "options": options}
     with stand_in(Vllm()) as url, served(tmp_path, url, launch=launch) as model:
-        assert " through vllm --dtype float16 --kv_cache_dtype=fp8, template " in model.identity
+        assert f" through vllm {shaping}, template " in model.identity
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--hf-overrides.rope_theta=1",
+        "--hf_overrides.rope_theta 1",
+        "--lora-modules a=b",
+        "--context-length -1",
+        "-q fp8",
+        "--quant fp8",  # argparse takes beginnings
+        "--no-such-option-yet",
+        "loose",
+    ],
+)
+def test_any_option_that_is_not_known_to_be_harmless_is_part_of_the_name(words: str) -> None:
+    harmless = ["--log-level", "info", "--max-num-seqs", "-1"]
+    assert shaping_options([*words.split(), *harmless]) == words.split()
 
 
 def test_a_key_is_sent_and_taken_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
