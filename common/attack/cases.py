@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from common.attack.families import Base
-from common.config.judging import JudgeSection, Language, ReadOutSection
+from common.config.judging import JudgeSection, Language, Marks, PromptSection, ReadOutSection
 from common.config.run import RewardsSection
 from common.config.section import ConfigError, Section
 from common.config.sentences import Origin, sentence
@@ -100,11 +100,16 @@ def base(case: Case, judge: JudgeSection) -> Base:
         answer=response.answer_text.strip(),
         verdict=best_verdict(judge.read_out, spoken),
         spoken=spoken,
-        marks=judge.prompt(spoken).marks("response"),
-        query_marks=judge.prompt(spoken).marks("query"),
-        reference_marks=judge.prompt(spoken).marks("reference"),
+        marks=_marks(judge.prompt(spoken), "response"),
+        query_marks=_marks(judge.prompt(spoken), "query"),
+        reference_marks=_marks(judge.prompt(spoken), "reference"),
         reference=None if case.reference is None else str(case.reference),
     )
+
+
+def _marks(prompt: PromptSection, field: str) -> Marks:
+    """Those around a field where it first stands; without any where it does not."""
+    return next(iter(prompt.marks(field)), Marks("", ""))
 
 
 def best_verdict(section: ReadOutSection, spoken: Language) -> str:

@@ -22,6 +22,10 @@ class Marks(NamedTuple):
     closing: str
 
 
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.strip().split("\n")]
+
+
 class PromptSection(Section):
     """What a judge is asked in one language. `{query}`, `{response}` and `{reference}` of `user` stand for parts of the
     sample.
@@ -59,11 +63,16 @@ class PromptSection(Section):
         """Whether the judge is shown a field of the sample."""
         return field in FIELD.findall(self.user)
 
-    def marks(self, field: str) -> Marks:
-        """The texts right before and behind a field: a line, or what stands on the field's own, up to another field."""
-        before, _, behind = self.user.partition(f"{{{field}}}") if self.shows(field) else ("", "", "")
-        opening, closing = before.rstrip().rpartition("\n")[2], behind.strip().partition("\n")[0]
-        return Marks(FIELD.split(opening)[-1].strip(), FIELD.split(closing)[0].strip())
+    def marks(self, field: str) -> list[Marks]:
+        """The texts right before and behind a field, wherever it stands: a line, or what is on the field's own, up to
+        another field.
+        """
+        pieces = FIELD.split(self.user)
+        return [
+            Marks(_lines(pieces[place - 1])[-1], _lines(pieces[place + 1])[0])
+            for place in range(1, len(pieces), 2)
+            if pieces[place] == field
+        ]
 
 
 _READ_BY = {

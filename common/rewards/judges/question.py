@@ -13,7 +13,7 @@ from common.rewards.rules import measures
 from common.serving.model import Image, Question
 from common.types import Message, Prompt
 
-FORM = 1  # raised when a sample's question changes with the same judge: scores of before are then of another one
+FORM = 2  # raised when a sample's question changes with the same judge: scores of before are then of another one
 _ROLES = {"en": {"user": "User", "assistant": "Assistant"}, "zh": {"user": "用户", "assistant": "助手"}}
 
 
@@ -30,23 +30,20 @@ def build_question(section: PromptSection, prompt: Prompt, response: str, spoken
     `<image>` too. A line that reads like one of the prompt's own marks, which would end its part there, is quoted. An
     image stands where its prompt has it.
     """
-    frame = Frame(mark for field in FIELDS for mark in section.marks(field) if mark)
+    frame = Frame(mark for field in FIELDS for marks in section.marks(field) for mark in marks)
     parts = {
-        "query": list(_query(prompt, spoken)),
-        "response": [response],
-        "reference": [_reference(prompt.reference)],
+        "query": list(_query(prompt, spoken, frame)),
+        "response": [frame.quoted(response)],
+        "reference": [frame.quoted(_reference(prompt.reference))],
     }
     user: list[str | Image] = []
     for index, piece in enumerate(FIELD.split(section.user)):
-        if index % 2:
-            user += [frame.quoted(part) if isinstance(part, str) else part for part in parts[piece]]
-        else:
-            user.append(piece)
+        user += parts[piece] if index % 2 else [piece]
     return Question(section.system, tuple(_joined(user)))
 
 
-def _query(prompt: Prompt, spoken: Language) -> Iterator[str | Image]:
-    """The conversation without its system message: the text of a single turn, else each turn behind its role."""
+def _query(prompt: Prompt, spoken: Language, frame: Frame) -> Iterator[str | Image]:
+    """The conversation without its system message: a single turn's quoted text, or each turn's behind its role."""
     images = iter(prompt.images)
     # Those of the system message are taken with it, or else the next turn would show them in place of its own.
     shown = [(turn, list(_with_images(turn, images, bool(prompt.images)))) for turn in prompt.messages]
@@ -54,7 +51,7 @@ def _query(prompt: Prompt, spoken: Language) -> Iterator[str | Image]:
     for number, (turn, parts) in enumerate(turns):
         if len(turns) > 1:
             yield ("\n" if number else "") + _ROLES[spoken][turn.role] + ": "
-        yield from parts
+        yield from (frame.quoted(part) if isinstance(part, str) else part for part in parts)
 
 
 def _with_images(turn: Message, images: Iterator[str], any_images: bool) -> Iterator[str | Image]:
