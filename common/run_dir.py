@@ -47,6 +47,13 @@ def not_written(path: Path | str, error: OSError, then: str, safe: str = "") -> 
     return NotSaved(f"{path}: could not be written ({error.strerror or error}){kept}. {remedy} and {then}.")
 
 
+def not_locked(path: Path, error: OSError) -> NotSaved:
+    """What to raise where a file system has no locks."""
+    return NotSaved(
+        f"{path}: cannot be kept to one process ({error.strerror or error}). Choose a path on another disk."
+    )
+
+
 @dataclass(frozen=True)
 class LoopState:
     """All that the loop itself must remember: the next step, the data cursor, updates so far, record file lengths, and
@@ -80,6 +87,9 @@ class RunDir:
         except BlockingIOError:
             self.close()
             return False
+        except OSError as error:  # a file system without locks
+            self.close()
+            raise not_locked(self.path, error) from error
         return True
 
     def close(self) -> None:
@@ -170,7 +180,7 @@ class RunDir:
             flush_to_disk(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
-            _sync(self.checkpoints)
+            sync(self.checkpoints)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise self._not_saved(final, error) from error
@@ -194,18 +204,19 @@ def _free_name(path: Path) -> Path:
 def flush_to_disk(folder: Path) -> None:
     """Return when everything in the folder is on the disk."""
     for path in sorted(folder.rglob("*")):
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)
 
 
 def _synced_length(path: Path) -> int:
     if not path.exists():
         return 0
-    _sync(path)
+    sync(path)
     return path.stat().st_size
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return when a file, or what a folder lists, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

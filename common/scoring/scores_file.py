@@ -9,6 +9,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
+import stat
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,10 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.config import ConfigError
-from common.run_dir import not_written
+from common.run_dir import NotSaved, not_locked, not_written, sync
 from common.types import Asked, Missing, Score
 
-_BEGIN = b'{"key": "'  # of each line; what was torn off begins so too, or is shorter
+_BEGIN = re.compile(rb'\{"key": "[0-9a-f]{16}", "id": "')  # of each line, and of what was torn off
 
 
 class Name(NamedTuple):
@@ -106,16 +108,26 @@ class ScoresFile:
         except OSError as error:
             raise not_written(path, error, "start the same command again") from error
         try:
+            self._claim(file, path)
+        except (ConfigError, NotSaved):
+            os.close(file)
+            raise
+        return file
+
+    def _claim(self, file: int, path: Path) -> None:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise ConfigError(f"--out {path}: is no file that can be gone on with. Give the path of one.")
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Another process that resumed in between has put a new file there, and let go of this one.
             if not os.path.samestat(os.fstat(file), os.stat(path)):
                 raise BlockingIOError
         except (BlockingIOError, FileNotFoundError):
-            os.close(file)
             raise ConfigError(
                 f"--out {path}: another process writes its scores there. Wait for it, or give another path."
             ) from None
-        return file
+        except OSError as error:
+            raise not_locked(path, error) from error
 
     def close(self) -> None:
         """Let another process have the file."""
@@ -123,21 +135,21 @@ class ScoresFile:
 
     def resume(self, names: Sequence[Name]) -> list[Line]:
         """The lines of these records that have all their scores. From then on the file holds them alone: a line that
-        a killed process tore off is dropped, and records with a missing score are asked again.
+        a killed process tore off is dropped unless only its end is missing, and records with a missing score are asked
+        again.
 
         Raises ConfigError when it holds anything else.
         """
-        *whole, torn = self._path.read_bytes().split(b"\n")
+        *whole, last = self._path.read_bytes().split(b"\n")
         lines = [self._line(number, text) for number, text in enumerate(whole, start=1)]
-        if not (torn.startswith(_BEGIN) or _BEGIN.startswith(torn)):
-            raise self._foreign(len(whole) + 1, "is none that this command writes")
+        lines += self._last_line(last, len(whole) + 1)
         left = Counter(names)
         for number, line in enumerate(lines, start=1):
             left[line.name] -= 1
             if left[line.name] < 0:
                 raise self._foreign(number, f"({line.name.id!r}) comes of other records or verifiers than those of now")
         kept = [line for line in lines if not line.missing]
-        if torn or len(kept) < len(lines):
+        if last or len(kept) < len(lines):
             self._replace(kept)
         self._count = len(kept)
         return kept
@@ -148,6 +160,16 @@ class ScoresFile:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise self._foreign(number, "is damaged, or none that this command writes") from None
 
+    def _last_line(self, text: bytes, number: int) -> list[Line]:
+        """The line that lacks only its end, or none where more of one was torn off."""
+        try:
+            return [Line.from_json(text)]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            # A file with less in it than a line's beginning may be anybody's.
+            if text and not _BEGIN.match(text) and (number == 1 or not _is_beginning(text)):
+                raise self._foreign(number, "is none that this command writes") from None
+        return []
+
     def _foreign(self, number: int, problem: str) -> ConfigError:
         return ConfigError(
             f"--out {self._path}: its line {number} {problem}. Give --out another path, or move the file away."
@@ -155,11 +177,18 @@ class ScoresFile:
 
     def _replace(self, lines: Iterable[Line]) -> None:
         """These lines as the file, or the file as it was."""
-        partial = self._path.with_name(self._path.name + ".partial")
+        target = self._path.resolve()  # a link to the file stays one
+        partial = target.with_name(target.name + ".partial")
         try:
             partial.write_bytes(b"".join(line.to_json() for line in lines))
+            sync(partial)
             fresh = self._opened(partial)
-            partial.rename(self._path)
+            try:
+                partial.rename(target)
+                sync(target.parent)
+            except OSError:
+                os.close(fresh)
+                raise
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise not_written(self._path, error, "start the same command again", "the file is as it was") from error
@@ -179,6 +208,11 @@ class ScoresFile:
             safe = f"the {self._count} records scored before are in it"
             raise not_written(self._path, error, "start the same command again", safe) from error
         self._count += len(lines)
+
+
+def _is_beginning(text: bytes) -> bool:
+    """Whether a text is a piece of a line's beginning."""
+    return bool(_BEGIN.match(text + b'{"key": "0000000000000000", "id": "'[len(text) :]))
 
 
 def one_of_each(names: Sequence[Name], lines: Iterable[Line]) -> list[Line | None]:
