@@ -179,6 +179,9 @@ def refuse_untried(loaded: LoadedConfig, recipe: Recipe) -> None:
     labels = labels_by_judge(rewards)
     for name, judge in judges.items():
         tried = _tried(loaded, name, judge, report)
+        if set(tried.labels) != set(labels[name]):
+            now = f"with cases of {', '.join(tried.labels)}, and judges {', '.join(labels[name])}"
+            raise _refusal(loaded, f"judge {name!r} was attacked {now}. {_AGAIN}")
         there = suitable(cases, judge.section, labels[name])
         _refuse_partial(loaded, name, tried, [base(case, judge.section) for case in there])
     refuse_over_limit(loaded, {name: report.judges[name] for name in judges}, Path(rewards.attack_report))

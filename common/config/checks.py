@@ -141,11 +141,11 @@ def _recipe_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
         for name, weight in terms.items():
             if name not in verifiers:
                 yield f"rewards.recipe.{label}.{name}", _no_verifier(config)
-            elif weight < 0 and verifiers[name].judge is not None:
+            elif weight < 0 and _lowest(config, name) is not None:
                 yield (
                     f"rewards.recipe.{label}.{name}",
-                    "would pay most for the empty answer, which a judge gives its lowest score. Exchange the scores of "
-                    "the judge's verdicts instead, and weigh them with a positive number.",
+                    "would pay most for the empty answer, which a judge gives its lowest score. Turn the judge around "
+                    "(the scores of its verdicts, or what its prompt asks a number for), and weigh it positively.",
                 )
     for label in config.advantage.labels:
         if label not in config.rewards.recipe:
@@ -172,6 +172,12 @@ def _gate_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
                 "gdpo normalises each verifier alone, before any total is made that a gate could multiply. "
                 "Remove the gate or choose another type of advantages.",
             )
+
+
+def _lowest(config: RunConfig, name: str) -> float | None:
+    """The lowest score of a verifier, which its empty answers get; None where there is no such score."""
+    judge = config.rewards.judges.get(config.rewards.verifiers[name].judge or "")
+    return None if judge is None else judge.read_out.lowest
 
 
 def _may_gate(config: RunConfig, name: str) -> bool:

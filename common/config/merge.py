@@ -132,7 +132,7 @@ def _read_run_file(path: Path, includers: tuple[Path, ...]) -> CommentedMap:
         holds = "nothing" if content is None else f"a {type(_plain(content)).__name__}"
         raise ConfigError(f"{where}: holds {holds}, not a table of keys. Write `section:` tables.")
     include = content.get("include", [])
-    if not isinstance(include, list) or not all(isinstance(entry, str) for entry in include):
+    if not isinstance(include, list) or not all(isinstance(entry, str) and "\0" not in entry for entry in include):
         raise ConfigError(
             f"include = {_plain(include)!r} ({path}:{_line(content, 'include')}): must be a list of file paths. "
             "Write include: [file.yaml, ...]."

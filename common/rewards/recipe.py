@@ -67,7 +67,8 @@ class Recipe:
     def reward(self, label: str, scores: Mapping[str, Score | Missing]) -> Reward:
         """The total of a response of this label, none of its scores missing: the weighted sum of terms, times gates.
 
-        Raises ConfigError for a gate below 0, which would turn a bad total into a good one.
+        Raises ConfigError for a gate below 0, which would turn a bad total into a good one, and for a total that no
+        number holds.
         """
         present = {name: score for name, score in scores.items() if isinstance(score, Score)}
         total = sum(weight * present[name].value for name, weight in self.terms[label].items())
@@ -77,7 +78,13 @@ class Recipe:
                     f"verifier {name!r} gave {present[name].value:.4g}, and it is a gate of label {label!r}, which "
                     "multiplies. Let it give scores from 0 up, or make it a term."
                 )
-        return Reward(total * math.prod(present[name].value for name in self.gates[label]), present)
+        total *= math.prod(present[name].value for name in self.gates[label])
+        if not math.isfinite(total):
+            raise ConfigError(
+                f"rewards.recipe.{label}: a total of its scores is {total}, beyond what a number holds. Give its terms "
+                "smaller weights."
+            )
+        return Reward(total, present)
 
     def check(self, prompt: Prompt) -> None:
         """Raise ConfigError when a verifier of the prompt's label cannot use its reference."""

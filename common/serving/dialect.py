@@ -22,6 +22,15 @@ class Seen(NamedTuple):
     images: list[str]
 
 
+def sound_text(text: Any) -> str:
+    """A reply's text. Raises TypeError for what is none, ValueError for what no file could hold."""
+    if not isinstance(text, str):
+        raise TypeError("the text is none")
+    if any("\ud800" <= sign <= "\udfff" for sign in text):
+        raise ValueError("the text holds half a character")
+    return text
+
+
 Rendered = np.ndarray | Seen  # token ids int32 [T], or a question with images
 
 

@@ -23,11 +23,13 @@ _RETRIED = (408, 425, 429, 500, 502, 503, 504)  # a busy or restarting server; a
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 8.0
 _BREAKS_AFTER, _LONGEST_REST_S = 5, 5.0
 _LONGEST_SHOWN = 200
+# What JSON of another shape than expected raises; a number too large for float32 is the OverflowError.
+UNREADABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError)
 
 
 class Call(NamedTuple):
-    """A POST and how its reply is read: `read` turns the JSON into what is wanted, and raises ValueError, KeyError,
-    IndexError or TypeError when that is not in there; Unanswered when no other try would have it either.
+    """A POST and how its reply is read: `read` turns the JSON into what is wanted, and raises one of UNREADABLE when
+    that is not in there; Unanswered when no other try would have it either.
     """
 
     path: str
@@ -265,7 +267,7 @@ class Replicas:
             raise CallFailed(f"{where} said {status_text(response.status)}: {_shown(body)} (server {self._name})")
         try:
             return json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise _Worthwhile(f"{where} replied no JSON but {_shown(body)}") from None
 
 
@@ -280,7 +282,7 @@ def _read(task: _Task, reply: Any, replica: Replica, server: str) -> Any:
         return task.call.read(reply)
     except Unanswered as error:
         raise CallFailed(f"{replica.url}{task.call.path}: {error} (server {server})") from None
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except UNREADABLE as error:
         raise _Worthwhile(f"{replica.url}{task.call.path} replied {_shown(reply)} ({error!r})") from None
 
 

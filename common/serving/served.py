@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +16,7 @@ from common.config.servers import ServerSection
 from common.data.model_folder import tokenizer_folder
 from common.serving import sglang, vllm
 from common.serving.dialect import Dialect
-from common.serving.http import Call, CallFailed, Replicas
+from common.serving.http import UNREADABLE, Call, CallFailed, Replicas
 from common.serving.launch import served_name
 from common.serving.model import Answer, Question
 from common.serving.rendering import Renderer
@@ -51,7 +52,7 @@ def served_weights(name: str, section: ServerSection, expected: str, url: str, r
     """
     try:
         served, weights = DIALECTS[section.engine].identity(reply)
-    except (KeyError, IndexError, TypeError, AttributeError):
+    except UNREADABLE:
         raise ServerError(
             f"server {name} at {url} does not say what it serves, as {section.engine} would. Correct "
             f"servers.{name}.urls or servers.{name}.engine."
@@ -78,11 +79,10 @@ class ServedModel:
         self._render = Renderer(tokenizer_folder(section.model))
         self._served = served_name(section)
         self._replicas = Replicas(name, section, authorization(name, section))
-        try:
+        with ExitStack() as unless_opened:
+            unless_opened.callback(self._replicas.close)
             self._weights = self._open()
-        except ServerError:
-            self._replicas.close()
-            raise
+            unless_opened.pop_all()
         revision = "" if section.revision is None else f" at {section.revision}"
         # Such as --dtype: the same weights in other numbers.
         options = [] if section.launch is None else shaping_options(section.launch.options)

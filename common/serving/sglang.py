@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from common.serving.dialect import Rendered, Seen
+from common.serving.dialect import Rendered, Seen, sound_text
 from common.serving.http import Call
 
 MODELS, API = "/get_model_info", "/openapi.json"
@@ -57,6 +57,4 @@ def _text(reply: Any) -> str:
     reason = reply["meta_info"].get("finish_reason")
     if isinstance(reason, dict) and reason.get("type") == "abort":
         raise ValueError("the answer was broken off")
-    if not isinstance(reply["text"], str):
-        raise TypeError("the text is none")
-    return reply["text"]
+    return sound_text(reply["text"])

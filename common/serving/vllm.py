@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from common.serving.dialect import Rendered, Seen
+from common.serving.dialect import Rendered, Seen, sound_text
 from common.serving.http import Call, Unanswered
 
 MODELS, API = "/v1/models", "/openapi.json"
@@ -93,11 +93,11 @@ def head(name: str, question: Rendered) -> Call:
 
 
 def _text(reply: Any) -> str:
-    return _checked(_finished(reply)["text"])
+    return sound_text(_finished(reply)["text"])
 
 
 def _chat_text(reply: Any) -> str:
-    return _checked(_finished(reply)["message"]["content"])
+    return sound_text(_finished(reply)["message"]["content"])
 
 
 def _finished(reply: Any) -> Any:
@@ -105,9 +105,3 @@ def _finished(reply: Any) -> Any:
     if choice.get("finish_reason") in ("abort", "error"):
         raise ValueError("the answer was broken off")
     return choice
-
-
-def _checked(text: Any) -> str:
-    if not isinstance(text, str):
-        raise TypeError("the text is none")
-    return text

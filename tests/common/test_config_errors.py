@@ -227,8 +227,12 @@ def test_secrets_of_a_launch_are_refused_and_not_repeated(launch: str, tmp_path:
 def test_a_judge_of_negative_weight_is_refused(tmp_path: Path) -> None:
     """An empty answer has a judge's lowest score, so that such a recipe would pay for silence."""
     judged = JUDGED.replace("verifiers:", "recipe: {l: {x: -1}}, verifiers:")
-    text = message(tmp_path, judged % (JUDGE % "s", "{judge: j}"))
-    assert text.startswith("rewards.recipe.l.x = -1.0 (") and "Exchange the scores of the judge's verdicts" in text
+    # A scalar has no lowest score, and an empty answer is asked about.
+    text = message(tmp_path, judged % (JUDGE % "elsewhere", "{judge: j}"))
+    assert text.startswith("rewards.judges.j.server") and "rewards.recipe.l.x" not in text
+    number = JUDGE.replace("scalar", "number, grades: [1, 5]") % "s"
+    text = message(tmp_path, judged % (number, "{judge: j}"))
+    assert text.startswith("rewards.recipe.l.x = -1.0 (") and "Turn the judge around (the scores of its verd" in text
 
 
 @pytest.mark.parametrize("verifier", ["{judge: j}", "{rule: overlong, options: {max_length: 9, buffer: 3}}"])
@@ -329,6 +333,7 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config([file])
     assert str(caught.value) == f"{file}: no such config file. Give the path of a YAML run file."
+    assert "must be a list of file paths." in message(tmp_path, 'include: ["\\0"]')
     text = message(tmp_path, "include: [nowhere.yaml]")
     assert text == f"{file}, included by {layer}: no such config file. Give the path of a YAML run file."
     file.write_bytes(b"run: {dir: \xff}")

@@ -231,6 +231,14 @@ def test_a_gate_below_zero_is_an_error_and_no_good_total(tmp_path: Path) -> None
     assert made.reward("gated", scores | {"unused": Score(0.5, "")}).total == -1.0
 
 
+def test_a_total_beyond_all_numbers_is_an_error(tmp_path: Path) -> None:
+    made = recipe(tmp_path, "gated")
+    with pytest.raises(
+        ConfigError, match=r"^rewards\.recipe\.gated: a total of its scores is inf, beyond what a number"
+    ):
+        made.reward("gated", {"answer": Score(1e308, ""), "unused": Score(1e308, "")})
+
+
 def test_refills_count_with_their_step(tmp_path: Path) -> None:
     made, _ = failing(tmp_path, "answer")
     scoring, lost = scorer(made, 2), group("math", "answer", "fine", draw=1)

@@ -299,6 +299,15 @@ def test_a_report_of_other_or_fewer_cases_is_refused(folder: Path) -> None:
     assert f"is of other cases than those of {folder}/cases.jsonl" in refused(loaded(folder))
 
 
+def test_a_report_of_other_labels_is_refused(folder: Path) -> None:
+    write(folder)
+    table = json.loads((folder / "attack.json").read_text())
+    table["judges"]["value"]["labels"] = ["value", "more"]
+    (folder / "attack.json").write_text(json.dumps(table))
+    said = refused(loaded(folder))
+    assert "judge 'value' was attacked with cases of value, more, and judges value. Run safework attack" in said
+
+
 def test_another_model_is_refused(folder: Path) -> None:
     write(folder)
     said = refused(loaded(folder, f"servers.lm.model={folder}/other"))

@@ -16,7 +16,7 @@ import pytest
 from common.config import load_config
 from common.config.servers import ServerSection
 from common.data.model_folder import model_folder
-from common.serving.http import Call
+from common.serving.http import UNREADABLE, Call
 from common.serving.in_process import InProcessModel
 from common.serving.rendering import Renderer
 from common.serving.served import DIALECTS
@@ -54,6 +54,28 @@ def calls_again(record: dict[str, Any], render: Renderer) -> list[tuple[str, int
     properties = {} if older else {"logprob_token_ids": {}}
     api = {"components": {"schemas": {"CompletionRequest": {"properties": properties}}}}
     return list(calls(DIALECTS[record["engine"]], record["name"], render, head, api))
+
+
+@pytest.mark.parametrize("engine", sorted(DIALECTS))
+@pytest.mark.parametrize(
+    "reply",
+    [
+        None,
+        [],
+        {},
+        {"choices": [None], "meta_info": None, "data": [None], "embedding": [[1], []]},
+        {"choices": [{"text": "a\ud800", "logprobs": None}], "meta_info": {}, "text": "a\ud800", "data": None},
+        {"choices": [{"text": None, "logprobs": []}], "meta_info": [], "text": 1, "embedding": [10**400]},
+        {"data": [{"probs": [10**400]}], "choices": 1, "text": "", "meta_info": "", "embedding": {}},
+    ],
+)
+def test_replies_of_another_shape_are_unreadable(engine: str, reply: Any) -> None:
+    """And nothing else is raised, which would end the run."""
+    dialect, asked = DIALECTS[engine], np.zeros(1, np.int32)
+    labels = dialect.label_logprobs("m", asked, [0], {})
+    for call in (dialect.generate("m", asked, 1), labels, dialect.head("m", asked)):
+        with pytest.raises(UNREADABLE):
+            call.read(reply)
 
 
 def test_both_dialects_are_recorded() -> None:

@@ -75,6 +75,14 @@ async def other_json(_: web.Request) -> web.Response:
     return web.json_response({"error": "loading"})
 
 
+async def deep(_: web.Request) -> web.Response:
+    return web.Response(body=b"[" * 200_000)
+
+
+async def null(_: web.Request) -> web.Response:
+    return web.json_response({"value": None})
+
+
 async def half(request: web.Request) -> web.StreamResponse:
     response = web.StreamResponse(headers={"Content-Length": "1000"})
     await response.prepare(request)
@@ -94,7 +102,9 @@ FAULTS = {
     "HTTP 429": status(429),
     "HTTP 503": status(503),
     "no JSON": garbage,
+    "no JSON but [[[": deep,
     "KeyError('value')": other_json,
+    "NoneType": null,
     "payload": half,
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -104,6 +105,16 @@ def test_answers_name_weights_revision_and_template(tmp_path: Path) -> None:
 def test_any_option_that_is_not_known_to_be_harmless_is_part_of_the_name(words: str) -> None:
     harmless = ["--log-level", "info", "--max-num-seqs", "-1"]
     assert shaping_options([*words.split(), *harmless]) == words.split()
+
+
+def test_whatever_ends_the_opening_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(model: ServedModel) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ServedModel, "_open", interrupted)
+    with stand_in(Vllm()) as url, pytest.raises(KeyboardInterrupt):
+        served(tmp_path, url).__enter__()
+    assert "server-safety" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_a_key_is_sent_and_taken_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
