@@ -9,7 +9,9 @@ from collections.abc import Iterable
 _NO_LETTERS = re.compile(r"[\W_]+")
 _SIGNS = re.compile(r"(?:[^\w\s]|_)+")
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
-_BRACKETS = str.maketrans({"<": "[", ">": "]"})
+_SHAPES = {"Ps": "[", "Pe": "]"}
+_BRACKETS = {sign: _SHAPES[kind] for sign in range(0x10000) if (kind := unicodedata.category(chr(sign))) in _SHAPES}
+_BRACKETS |= str.maketrans({"<": "[", ">": "]"})
 _BRACKETED = re.compile(r"\[.*\]")
 # Accents too: nobody reads another word where a letter has one more. And letters that look like blanks.
 _UNSEEN = ("Cf", "Mn", "Me")
@@ -55,6 +57,8 @@ class Frame:
 
 def _visible(line: str) -> str:
     """What a person sees of a line, in one form of each letter."""
+    if line.isascii():
+        return line.casefold().strip()
     plain = unicodedata.normalize("NFKC", line).casefold()
     return "".join(sign for sign in plain if unicodedata.category(sign) not in _UNSEEN and sign not in _BLANK).strip()
 
@@ -66,11 +70,7 @@ def _letters(line: str) -> str:
 
 def _signs(line: str) -> str:
     """A line without blanks, its brackets of whatever shape made square."""
-    return "".join(_square(sign) for sign in line if not sign.isspace()).translate(_BRACKETS)
-
-
-def _square(sign: str) -> str:
-    return {"Ps": "[", "Pe": "]"}.get(unicodedata.category(sign), sign)
+    return "".join(line.split()).translate(_BRACKETS)
 
 
 def _has_several_words(mark: str) -> bool:
