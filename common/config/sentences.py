@@ -57,8 +57,14 @@ def parse_table(model: type[Model], table: Mapping[str, Any], prefix: str, origi
 
 def sentence(key: str, value: Any, origin: str, problem: str) -> str:
     """`key = value (origin): problem`; without the value where it may hold somebody's key or password."""
-    is_hidden = key.startswith("servers.") and not all(_is_public(part, value) for part in key.split(".")[2:])
+    is_hidden = key.partition(".")[0] == "servers" and not _fits_a_server(key.split(".")[1:], value)
     return f"{key} ({origin}): {problem}" if is_hidden else f"{key} = {shown(value)} ({origin}): {problem}"
+
+
+def _fits_a_server(parts: list[str], value: Any) -> bool:
+    """Whether a value of a servers table, at NAME.KEY..., has the shape of what holds no secrets there."""
+    is_table = len(parts) < 2 or parts[1:] == ["launch"]
+    return (isinstance(value, dict) or not is_table) and all(_is_public(part, value) for part in parts[1:])
 
 
 def shown(value: Any) -> str:
@@ -76,9 +82,9 @@ def _without_secrets(value: Any) -> Any:
 
 
 def _is_public(key: str, value: Any) -> bool:
-    """Whether what stands under a key may be repeated. Addresses may that hold nothing but a place."""
+    """Whether what stands under a key may be repeated. An address may that holds nothing but a place."""
     if key == _ADDRESSES:
-        return not set("@?") & set(repr(value))
+        return isinstance(value, str) and not set("@?") & set(value)
     return not value or (key not in _SECRETIVE and not _SECRET.search(key))
 
 

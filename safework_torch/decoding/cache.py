@@ -20,10 +20,11 @@ class KeyValueCache:
         self._dtype = dtype
         self._layers: list[tuple[Tensor, Tensor]] = []
 
-    def update(self, key: Tensor, value: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Called by each attention layer with its new keys and values [R H T D]; returns all so far.
 
-        The caller moves `used` on once all layers are done.
+        What else a layer tells differs among versions of transformers, and is for caches of other kinds. The caller
+        moves `used` on once all layers are done.
         """
         end = self.used + key.shape[2]
         if layer == len(self._layers):

@@ -47,12 +47,8 @@ def _run(model: PreTrainedModel, tokens: Tensor, layout: Layout, cache: KeyValue
     """Run tokens [R T] over what the cache holds and add them to it: hidden states [R T D]."""
     slots = torch.arange(cache.used + tokens.shape[1], device=tokens.device)
     queries = slots[cache.used :]
-    output = model.model(
-        input_ids=tokens,
-        position_ids=layout.positions(queries).clip(min=0),
-        attention_mask=layout.masks(model.config, queries, slots),
-        past_key_values=cache,
-        use_cache=True,
-    )
+    masks, positions = layout.masks(model.config, queries, slots), layout.positions(queries).clip(min=0)
+    # By its place: transformers 5.24 gave the cache another name.
+    output = model.model(tokens, masks, positions, cache, use_cache=True)
     cache.used = len(slots)
     return output.last_hidden_state

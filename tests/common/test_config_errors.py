@@ -172,6 +172,22 @@ def test_secrets_in_addresses_are_refused_and_not_repeated(url: str, tmp_path: P
 
 
 @pytest.mark.parametrize(
+    "servers",
+    [
+        "s3cret",
+        "[s3cret]",
+        "{s: 's3cret'}",
+        "{s: {engine: vllm, model: m, urls: ['http://a'], launch: 'p --api-key s3cret'}}",
+        "{s: {engine: vllm, model: m, urls: ['http://a'], launch: [p, s3cret]}}",
+        "{s: {engine: vllm, model: m, urls: [[s3cret]]}}",
+    ],
+)
+def test_what_is_no_server_is_not_repeated(servers: str, tmp_path: Path) -> None:
+    text = message(tmp_path, f"servers: {servers}")
+    assert text.startswith("servers") and "s3cret" not in text
+
+
+@pytest.mark.parametrize(
     "url",
     [
         "",

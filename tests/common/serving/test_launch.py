@@ -178,7 +178,7 @@ def test_where_a_url_is(url: str, host: str | None, tmp_path: Path) -> None:
         ({"model": "/tmp"}, "servers.s.model = '/tmp' (", "holds no config.json. Give a Hugging Face model folder."),
         ({"urls": ["http://127.0.0.1"]}, "servers.s.urls.0 = 'http://127.0.0.1' (", "Write http://HOST:PORT."),
         ({"urls": ["https://127.0.0.1:80"]}, "servers.s.urls.0 = 'https://127.0.0.1:80' (", "Write http://HOST:PORT."),
-        ({"urls": [URL, "http://localhost:8001"]}, "servers.s.urls = ['http", f"of s at {URL} too. Give each url its"),
+        ({"urls": [URL, "http://localhost:8001"]}, "servers.s.urls (", f"of s at {URL} too. Give each url its"),
         (
             {"launch": {"python": sys.executable, "options": ["--port", "1"]}},
             "servers.s.launch.options (",
