@@ -96,8 +96,14 @@ INTERNVL = Family(  # ChatML, with a system turn of its own and marks for images
 FAMILIES = {"qwen": QWEN, "llama3": LLAMA3, "deepseek": DEEPSEEK_R1, "mistral": MISTRAL, "internvl": INTERNVL}
 
 
-def make_chat_folder(folder: Path, family: Family, generation: dict[str, Any] | None = None, **flags: bool) -> Path:
-    """A folder with a byte-level tokenizer of a family, which would add bos and eos around any text if it were asked.
+def make_chat_folder(
+    folder: Path,
+    family: Family,
+    generation: dict[str, Any] | None = None,
+    added: str = "{bos} $A {eos}",
+    **flags: bool,
+) -> Path:
+    """A folder with a byte-level tokenizer of a family, which would add tokens around any text ($A) if it were asked.
 
     `flags` are those of the marked tokens (rstrip, lstrip).
     """
@@ -112,7 +118,8 @@ def make_chat_folder(folder: Path, family: Family, generation: dict[str, Any] | 
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in family.unmarked])
     bos, eos = family.marked[:2]
     named = [(token, tokenizer.token_to_id(token)) for token in (bos, eos)]
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A {eos}", special_tokens=named)
+    around = added.format(bos=bos, eos=eos)
+    tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=named)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos)
     fast.chat_template = family.template or None
     fast.save_pretrained(folder)

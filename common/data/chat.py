@@ -144,6 +144,14 @@ class Chat:
         """The text with a space inside every control token that it spells, for servers that read tokens out of text."""
         return self._control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
+    def without_added(self, text: str) -> str | None:
+        """A rendered text less what the tokenizer puts around any text by itself (a first bos), for servers that let it
+        do so. None when it puts there what the template does not, so that no text would be read as this one.
+        """
+        meant = self._tokenizer.encode(text, add_special_tokens=False)
+        candidates = (text, text.removeprefix(self._tokenizer.bos_token or ""))
+        return next((sent for sent in candidates if self._tokenizer.encode(sent) == meant), None)
+
     def render(self, turns: Sequence[dict[str, Any]]) -> str:
         """The template's text of turns {"role", "content"}, up to where the assistant's answer begins.
 

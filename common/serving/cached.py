@@ -14,7 +14,7 @@ from common.serving.answer_cache import AnswerCache
 from common.serving.model import Answer, Image, JudgeModel, Question
 from common.types import Asked, Missing
 
-_REQUESTS = 2  # raised when what servers are sent for a question changes: answers of before are then asked again
+_REQUESTS = 3  # raised when what servers are sent for a question changes: answers of before are then asked again
 
 
 class CachedModel:

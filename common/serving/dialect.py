@@ -14,11 +14,12 @@ class Seen(NamedTuple):
     """A question with images, for servers that prepare images themselves.
 
     turns: chat messages with a list of parts as OpenAI's API has them, images as URLs. text: the same through the chat
-    template, with the template's own marks where images stand. Control tokens spelled in either are broken by a space.
+    template, with the template's own marks where images stand, for a server whose tokenizer puts tokens around any text
+    (see Chat.without_added). Control tokens spelled in either are broken by a space.
     """
 
     turns: list[dict[str, Any]]
-    text: str
+    text: str | None
     images: list[str]
 
 

@@ -40,4 +40,5 @@ class Renderer:
             turns.insert(0, {"role": "system", "content": self.chat.broken(question.system)})
         marked = [{"type": "image"} if part["type"] == "image_url" else part for part in parts]
         text = self.chat.render([*turns[:-1], {"role": "user", "content": marked}])
-        return Seen(turns, text, [part["image_url"]["url"] for part in parts if part["type"] == "image_url"])
+        images = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+        return Seen(turns, self.chat.without_added(text), images)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from common.config.section import ConfigError
 from common.serving.dialect import Rendered, Seen, sound_text
 from common.serving.http import Call
 
@@ -48,7 +49,16 @@ def _asked(question: Rendered, max_tokens: int) -> dict[str, Any]:
 
 
 def _prompt(question: Rendered) -> dict[str, Any]:
+    """Raises ConfigError for images where SGLang, which lets the tokenizer add its own tokens there, would add others
+    than the chat template's.
+    """
     if isinstance(question, Seen):
+        if question.text is None:
+            raise ConfigError(
+                "the tokenizer of a judge's model puts tokens around each text that its chat template does not have, "
+                "and SGLang would put them around questions with images. Serve the model by vLLM, or leave the added "
+                "tokens out of its tokenizer."
+            )
         return {"text": question.text, "image_data": question.images}
     return {"input_ids": question.tolist()}
 

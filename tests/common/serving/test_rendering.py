@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
+from common.config.section import ConfigError
 from common.rewards.judges.question import build_question
+from common.serving import sglang, vllm
 from common.serving.dialect import Seen
 from common.serving.model import Image, Question
 from common.serving.rendering import Renderer
 from common.types import Message, Prompt
-from tests.chat_models import FAMILIES, make_chat_folder
+from tests.chat_models import FAMILIES, INTERNVL, Family, make_chat_folder
 from tests.common.rewards.shipped import NAMES, judge
 
 JUDGED = ("qwen", "llama3", "deepseek", "internvl")
@@ -63,18 +66,38 @@ def test_a_response_changes_no_token_of_the_frame(
     assert not set(inside) & {renderer.chat.vocabulary[token] for token in FAMILIES[family].marked}
 
 
-@pytest.mark.parametrize("family", ["internvl"])
-def test_images_stand_where_the_question_has_them(renderers: dict[str, Renderer], family: str, tmp_path: Path) -> None:
-    picture = tmp_path / "a.png"
+def seen_by(folder: Path, family: Family, added: str) -> Seen:
+    picture = folder / "a.png"
     picture.write_bytes(b"a picture")
-    renderer = renderers[family]
+    renderer = Renderer(make_chat_folder(folder / "model", family, added=added))
     seen = renderer(Question("Judge.", ("Before ", Image(str(picture)), f" after {BREAKOUTS['internvl']}")))
     assert isinstance(seen, Seen)
+    return seen
+
+
+def test_images_stand_where_the_question_has_them(tmp_path: Path) -> None:
+    seen = seen_by(tmp_path, INTERNVL, "$A")
+    assert seen.text is not None
     assert seen.text.count("<img><IMG_CONTEXT></img>") == 1
     assert seen.text.index("Before ") < seen.text.index("<img>") < seen.text.index(" after ")
-    for token in FAMILIES[family].marked:
+    for token in INTERNVL.marked:
         assert seen.text.count(token) == _frame_count(token), token
     assert [image.split(",")[0] for image in seen.images] == ["data:image/png;base64"]
+
+
+def test_a_tokenizer_adds_no_second_bos_to_a_question_with_images(tmp_path: Path) -> None:
+    seen = seen_by(tmp_path, INTERNVL._replace(template="{{- bos_token -}}" + INTERNVL.template), "{bos} $A")
+    assert seen.text is not None and seen.text.startswith("<|im_start|>system\nJudge.")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer.decode(tokenizer.encode(seen.text)).startswith("<|endoftext|><|im_start|>system\nJudge.")
+
+
+@pytest.mark.parametrize("added", ["{bos} $A", "$A {eos}", "{bos} $A {eos}"])
+def test_sglang_is_not_asked_what_its_tokenizer_would_add_tokens_to(tmp_path: Path, added: str) -> None:
+    seen = seen_by(tmp_path, INTERNVL, added)
+    with pytest.raises(ConfigError, match="puts tokens around each text"):
+        sglang.generate("judge", seen, 4)
+    assert vllm.generate("judge", seen, 4).payload["messages"] == seen.turns
 
 
 def _frame_count(token: str) -> int:
