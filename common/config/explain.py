@@ -12,7 +12,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.representer import RoundTripRepresenter
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from common.config.launching import shaping_options
+from common.config.launching import LaunchSection
 from common.config.load import LoadedConfig
 from common.config.run import RunConfig
 
@@ -22,6 +22,7 @@ MAY_CHANGE = re.compile(
     r"rewards\.(attack_cases|attack_report|max_attack_gain)|"
     r"servers\.[^.]+\.(urls|api_key_env|concurrency|deadline_s|retries|launch(\.\S+)?)"
 )
+_LAUNCH = re.compile(r"servers\.[^.]+\.launch")
 
 
 def explain(loaded: LoadedConfig) -> str:
@@ -111,8 +112,8 @@ def _leaves(table: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in table.items():
         if key == "verdicts":  # in a head the first verdict is the first output
             yield f"{prefix}{key} in their order", list(value)
-        if prefix.endswith(".launch.") and key == "options" and (shaping := shaping_options(value)):
-            yield f"{prefix}{key} that change what the model answers", shaping
+        if _LAUNCH.fullmatch(f"{prefix}{key}") and value and (shaping := LaunchSection.model_validate(value).shaping):
+            yield f"{prefix}{key}, what of it changes answers", shaping
         if isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{key}.")
         else:

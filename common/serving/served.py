@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from common.config.launching import shaping_options
 from common.config.servers import ServerSection
 from common.data.model_folder import tokenizer_folder
 from common.serving import sglang, vllm
@@ -85,8 +84,8 @@ class ServedModel:
             unless_opened.pop_all()
         revision = "" if section.revision is None else f" at {section.revision}"
         # Such as --dtype: the same weights in other numbers.
-        options = [] if section.launch is None else shaping_options(section.launch.options)
-        through = " ".join(["through", section.engine, *options])
+        shaping = [] if section.launch is None else section.launch.shaping
+        through = " ".join(["through", section.engine, *shaping])
         self.identity = f"{self._weights}{revision} {through}, template {self._render.chat.digest}"
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ from common.config.servers import ServerSection
 from common.serving.served import ServedModel
 from tests.engines.pairs import head_outputs, judge, label_probabilities, questions
 
-CLEAR = 0.1  # probabilities further apart than this must lead to the same verdict
+CLEAR = 0.1  # a verdict that is further ahead than this with either server must be the same with both
 
 
 def answers(engine: str, url: str, folder: str, head: bool) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -35,6 +35,12 @@ def answers(engine: str, url: str, folder: str, head: bool) -> tuple[dict[str, n
             return {"head": head_outputs(model, judge("value"))}, []
         found = {name: label_probabilities(model, name) for name in ("value", "knowledge")}
         return found, [str(answer.value) for answer in model.generate(questions(judge("safety")), 16)]
+
+
+def lead(values: np.ndarray) -> np.ndarray:
+    """[N]: how far the first of each row [N L] is ahead of the second."""
+    ordered = np.sort(values, axis=1)
+    return ordered[:, -1] - ordered[:, -2]
 
 
 def main() -> None:
@@ -53,8 +59,7 @@ def main() -> None:
     (first, first_texts), (second, second_texts) = found
     for name, values in first.items():
         apart = np.abs(values - second[name])
-        ordered = np.sort(values, axis=1)
-        clear = ordered[:, -1] - ordered[:, -2] > CLEAR
+        clear = (lead(values) > CLEAR) | (lead(second[name]) > CLEAR)
         same = values.argmax(axis=1) == second[name].argmax(axis=1)
         print(
             f"{name}: {len(values)} pairs, mean difference {apart.mean():.5f}, max {apart.max():.5f}, "

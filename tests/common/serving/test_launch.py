@@ -237,13 +237,15 @@ def test_a_resumed_run_may_start_its_servers_otherwise(tmp_path: Path) -> None:
     def config(**keys: Any) -> Any:
         return load_config([write_run(tmp_path, Path("unused"), servers={"s": launched(tmp_path, **keys)})])
 
-    launch = {"python": "other", "environment": {"A": "1"}, "options": ["--max-num-seqs", "9"], "ready_s": 5.0}
+    launch: dict[str, Any] = {"python": "other", "options": ["--max-num-seqs", "9"], "ready_s": 5.0}
+    launch["environment"] = {"CUDA_VISIBLE_DEVICES": "1"}
     before, after, without = config(), config(launch=launch), config(launch=None)
     assert forbidden_changes(before.config, after.config) == []
     assert forbidden_changes(without.config, after.config) == []
     launch["options"] += ["--dtype", "float32"]
+    launch["environment"] = {"A": "1"}
     assert forbidden_changes(after.config, config(launch=launch).config) == [
-        "servers.s.launch.options that change what the model answers: was None, is ['--dtype', 'float32']"
+        "servers.s.launch, what of it changes answers: was None, is ['A=1', '--dtype', 'float32']"
     ]
     (tmp_path / "again.yaml").write_text(explain(after))
     assert load_config([tmp_path / "again.yaml"]).config == after.config

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from common.config.launching import shaping_options
+from common.config.launching import shaping_options, shaping_variables
 from common.config.servers import ServerSection
 from common.serving.model import Image, Question
 from common.serving.served import ServedModel, ServerError
@@ -82,9 +82,10 @@ def test_answers_name_weights_revision_and_template(tmp_path: Path) -> None:
         assert answer.asked.latency_s > 0
         assert model.generate([], 4) == []
     # Memory and speed change no answer, and the score of yesterday stays good.
-    shaping = "--dtype float16 --kv_cache_dtype=fp8"
-    options = ["--max-num-seqs", "8", *shaping.split(), "--enforce-eager", "--max_num_batched_tokens=-1"]
-    launch = {"python": "python", "options": options}
+    shaping = "VLLM_BATCH_INVARIANT=1 --dtype float16 --kv_cache_dtype=fp8 --enforce-eager"
+    options = ["--max-num-seqs", "8", *shaping.split()[1:], "--log-level", "info", "--max_num_batched_tokens=-1"]
+    environment = {"VLLM_BATCH_INVARIANT": "1", "CUDA_VISIBLE_DEVICES": "0", "VLLM_LOGGING_LEVEL": "DEBUG"}
+    launch = {"python": "python", "options": options, "environment": environment}
     with stand_in(Vllm()) as url, served(tmp_path, url, launch=launch) as model:
         assert f" through vllm {shaping}, template " in model.identity
 
@@ -105,6 +106,11 @@ def test_answers_name_weights_revision_and_template(tmp_path: Path) -> None:
 def test_any_option_that_is_not_known_to_be_harmless_is_part_of_the_name(words: str) -> None:
     harmless = ["--log-level", "info", "--max-num-seqs", "-1"]
     assert shaping_options([*words.split(), *harmless]) == words.split()
+
+
+def test_any_variable_that_is_not_known_to_be_harmless_is_part_of_the_name() -> None:
+    environment = {"SGLANG_LOG_MS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_SUCH_YET": "a b", "TMPDIR": "/tmp"}
+    assert shaping_variables(environment) == ["VLLM_NO_SUCH_YET=a b"]
 
 
 def test_whatever_ends_the_opening_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
