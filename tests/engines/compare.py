@@ -4,7 +4,7 @@
     python tests/engines/compare.py vllm=http://127.0.0.1:8003 sglang=http://127.0.0.1:8004 --model FOLDER --head
 
 FOLDER is what both serve, under its own path as name. Without --head, the value and knowledge judges of `configs/judge`
-are asked for label probabilities; with it, the quickstart's judge for the outputs of its head.
+are asked for label probabilities; with it, the quickstart's judges for those of their heads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from common.config.servers import ServerSection
 from common.serving.served import ServedModel
-from tests.engines.pairs import head_outputs, judge, label_probabilities, questions
+from tests.engines.pairs import head_probabilities, judge, label_probabilities, questions
 
 CLEAR = 0.1  # a verdict that is further ahead than this with either server must be the same with both
 
@@ -32,7 +32,7 @@ def answers(engine: str, url: str, folder: str, head: bool) -> tuple[dict[str, n
     with closing(ServedModel(engine, section)) as model:
         print(f"{engine}: {model.identity}")
         if head:
-            return {"head": head_outputs(model, judge("value"))}, []
+            return head_probabilities(model), []
         found = {name: label_probabilities(model, name) for name in ("value", "knowledge")}
         return found, [str(answer.value) for answer in model.generate(questions(judge("safety")), 16)]
 

@@ -63,6 +63,15 @@ def head_outputs(model: JudgeModel, section: JudgeSection) -> np.ndarray:
     return _values(model.head(questions(section)))
 
 
+def head_probabilities(model: JudgeModel) -> dict[str, np.ndarray]:
+    """float64 [N L] by judge of the quickstart: each verdict's share among the outputs of its head."""
+    judges = YAML(typ="safe", pure=True).load(DATA / "judge.yaml")["rewards"]["judges"]
+    sections = {name: JudgeSection.model_validate(table) for name, table in judges.items()}
+    return {
+        name: _softmax(head_outputs(model, section)[:, section.read_out.outputs]) for name, section in sections.items()
+    }
+
+
 def _values(answers: Sequence[Answer[np.ndarray]]) -> np.ndarray:
     for answer in answers:
         assert isinstance(answer.value, np.ndarray), answer

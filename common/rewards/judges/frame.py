@@ -35,10 +35,13 @@ class Frame:
         self._brackets = [_signs(mark) for mark in bracketed]
         self._clauses = {_letters(mark) for mark in phrases}
         self._phrases = [mark for mark in phrases if mark not in bracketed]
+        # Whatever makes a line a copy leaves a mark's letters in it, one behind the other.
+        self._letters = {letters if letters.isalnum() else "" for letters in self._alone}
 
     def quoted(self, text: str) -> str:
         """The text with `> ` before each line that reads like a mark."""
-        if not self._alone:
+        read = _letters(_visible(text))  # most texts are no copy anywhere, and this is read in one go
+        if not any(letters in read for letters in self._letters):
             return text
         return "".join(
             f"> {line}" if self._is_copy(_visible(line)) else line for line in text.splitlines(keepends=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from common.config.judging import FIELD, FIELDS, Language, PromptSection
@@ -14,6 +15,7 @@ from common.serving.model import Image, Question
 from common.types import Message, Prompt
 
 FORM = 2  # raised when a sample's question changes with the same judge: scores of before are then of another one
+_FRAMES = 64  # of prompts, kept because each is used again with every sample
 _ROLES = {"en": {"user": "User", "assistant": "Assistant"}, "zh": {"user": "用户", "assistant": "助手"}}
 
 
@@ -30,7 +32,7 @@ def build_question(section: PromptSection, prompt: Prompt, response: str, spoken
     `<image>` too. A line that reads like one of the prompt's own marks, which would end its part there, is quoted. An
     image stands where its prompt has it.
     """
-    frame = Frame(mark for field in FIELDS for marks in section.marks(field) for mark in marks)
+    frame = _frame(section)
     parts = {
         "query": list(_query(prompt, spoken, frame)),
         "response": [frame.quoted(response)],
@@ -40,6 +42,11 @@ def build_question(section: PromptSection, prompt: Prompt, response: str, spoken
     for index, piece in enumerate(FIELD.split(section.user)):
         user += parts[piece] if index % 2 else [piece]
     return Question(section.system, tuple(_joined(user)))
+
+
+@lru_cache(_FRAMES)
+def _frame(section: PromptSection) -> Frame:
+    return Frame(mark for field in FIELDS for marks in section.marks(field) for mark in marks)
 
 
 def _query(prompt: Prompt, spoken: Language, frame: Frame) -> Iterator[str | Image]:
