@@ -15,14 +15,13 @@ from common.serving.model import Image, Question
 from common.types import Message, Prompt
 
 FORM = 2  # raised when a sample's question changes with the same judge: scores of before are then of another one
-_FRAMES = 64  # of prompts, kept because each is used again with every sample
+_KEPT = 64
 _ROLES = {"en": {"user": "User", "assistant": "Assistant"}, "zh": {"user": "用户", "assistant": "助手"}}
 
 
 def language(prompt: Prompt) -> Language:
     """`zh` where Chinese characters are most of the last user turn, else `en`."""
-    asked = next((message.content for message in reversed(prompt.messages) if message.role == "user"), "")
-    return "zh" if measures.language(asked, 0.5) == "Chinese" else "en"
+    return _language(next((message.content for message in reversed(prompt.messages) if message.role == "user"), ""))
 
 
 def build_question(section: PromptSection, prompt: Prompt, response: str, spoken: Language) -> Question:
@@ -32,21 +31,30 @@ def build_question(section: PromptSection, prompt: Prompt, response: str, spoken
     `<image>` too. A line that reads like one of the prompt's own marks, which would end its part there, is quoted. An
     image stands where its prompt has it.
     """
-    frame = _frame(section)
+    frame, pieces = _template(section.user)
     parts = {
-        "query": list(_query(prompt, spoken, frame)),
-        "response": [frame.quoted(response)],
-        "reference": [frame.quoted(_reference(prompt.reference))],
+        "query": lambda: _query(prompt, spoken, frame),
+        "response": lambda: [frame.quoted(response)],
+        "reference": lambda: [frame.quoted(_reference(prompt.reference))],
     }
     user: list[str | Image] = []
-    for index, piece in enumerate(FIELD.split(section.user)):
-        user += parts[piece] if index % 2 else [piece]
+    for index, piece in enumerate(pieces):
+        user += parts[piece]() if index % 2 else [piece]
     return Question(section.system, tuple(_joined(user)))
 
 
-@lru_cache(_FRAMES)
-def _frame(section: PromptSection) -> Frame:
-    return Frame(mark for field in FIELDS for marks in section.marks(field) for mark in marks)
+# What all samples of a prompt, or of a judge, have in common is worked out once.
+@lru_cache(_KEPT)
+def _language(text: str) -> Language:
+    return "zh" if measures.language(text, 0.5) == "Chinese" else "en"
+
+
+@lru_cache(_KEPT)
+def _template(user: str) -> tuple[Frame, list[str]]:
+    """A prompt's marks; its texts, with the name of a field at every second place."""
+    section = PromptSection(user=user)
+    marks = (mark for field in FIELDS for marks in section.marks(field) for mark in marks)
+    return Frame(marks), FIELD.split(user)
 
 
 def _query(prompt: Prompt, spoken: Language, frame: Frame) -> Iterator[str | Image]:
