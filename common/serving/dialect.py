@@ -32,6 +32,14 @@ def sound_text(text: Any) -> str:
     return text
 
 
+def sound_outputs(values: Any) -> np.ndarray:
+    """A reply's outputs of a head: float32 [C]. Raises ValueError for what is no list of numbers."""
+    outputs = np.array(values, np.float32)
+    if outputs.ndim != 1:
+        raise ValueError("the outputs are no list of numbers")
+    return outputs
+
+
 Rendered = np.ndarray | Seen  # token ids int32 [T], or a question with images
 
 
@@ -62,6 +70,6 @@ class Dialect(Protocol):
         """
         ...
 
-    def head(self, name: str, question: Rendered) -> Call:
-        """The raw outputs of a scalar or classification head; read as float32 [C]."""
+    def head(self, name: str, question: Rendered, api: Any) -> Call:
+        """The raw outputs of a scalar or classification head; read as float32 [C]. api: as above."""
         ...

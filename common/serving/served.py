@@ -105,7 +105,7 @@ class ServedModel:
 
     def head(self, questions: Sequence[Question]) -> list[Answer[np.ndarray]]:
         """See JudgeModel."""
-        return self._ask(self._dialect.head(self._served, self._render(asked)) for asked in questions)
+        return self._ask(self._dialect.head(self._served, self._render(asked), self._api) for asked in questions)
 
     def _ask(self, calls: Iterable[Call]) -> list[Answer[Any]]:
         replies = self._replicas.call_all(calls)
@@ -142,7 +142,8 @@ class ServedModel:
             if not isinstance(api, CallFailed):
                 return api
         raise ServerError(
-            f"server {self._name} does not describe its routes ({found[0]}), which labels need. Start it."
+            f"server {self._name} does not describe its routes ({found[0]}), which labels and heads need. Start it, "
+            "vLLM without --disable-fastapi-docs."
         )
 
     def _refuse_exchange(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from common.config.section import ConfigError
-from common.serving.dialect import Rendered, Seen, sound_text
+from common.serving.dialect import Rendered, Seen, sound_outputs, sound_text
 from common.serving.http import Call
 
 MODELS, API = "/get_model_info", "/openapi.json"
@@ -39,9 +39,9 @@ def label_logprobs(name: str, question: Rendered, label_ids: Sequence[int], api:
     return Call("/generate", payload, read)
 
 
-def head(name: str, question: Rendered) -> Call:
+def head(name: str, question: Rendered, api: Any) -> Call:
     """See Dialect."""
-    return Call("/classify", _prompt(question), lambda reply: np.array(reply["embedding"], np.float32))
+    return Call("/classify", _prompt(question), lambda reply: sound_outputs(reply["embedding"]))
 
 
 def _asked(question: Rendered, max_tokens: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from common.serving.dialect import Rendered, Seen, sound_text
+from common.serving.dialect import Rendered, Seen, sound_outputs, sound_text
 from common.serving.http import Call, Unanswered
 
 MODELS, API = "/v1/models", "/openapi.json"
@@ -84,12 +84,27 @@ def _listed(reply: Any) -> dict[str, float]:
     return {entry["token"]: entry["logprob"] for entry in listed}
 
 
-def head(name: str, question: Rendered) -> Call:
-    """See Dialect."""
+def head(name: str, question: Rendered, api: Any) -> Call:
+    """See Dialect. A reward model with outputs at every token (Qwen2ForRewardModel) has no route but /pooling."""
     # Without the switch vLLM sends a sigmoid or softmax of them.
     payload: dict[str, Any] = {"model": name, "use_activation": False}
-    asked = {"messages": question.turns} if isinstance(question, Seen) else {"input": question.tolist()}
-    return Call("/classify", payload | asked, lambda reply: np.array(reply["data"][0]["probs"], np.float32))
+    payload |= {"messages": question.turns} if isinstance(question, Seen) else {"input": question.tolist()}
+    if _pools_alone(api):
+        return Call("/pooling", payload, _pooled)
+    return Call("/classify", payload, lambda reply: sound_outputs(reply["data"][0]["probs"]))
+
+
+def _pools_alone(api: Any) -> bool:
+    try:
+        return "/pooling" in api["paths"] and "/classify" not in api["paths"]
+    except (KeyError, TypeError):
+        return False
+
+
+def _pooled(reply: Any) -> np.ndarray:
+    """The outputs of a sequence, or of the last of its tokens."""
+    outputs = reply["data"][0]["data"]
+    return sound_outputs(outputs[-1] if isinstance(outputs[-1], list) else outputs)
 
 
 def _text(reply: Any) -> str:

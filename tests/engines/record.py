@@ -41,7 +41,7 @@ def calls(dialect: Dialect, name: str, render: Renderer, head: bool, api: Any) -
     for number, question in enumerate(QUESTIONS):
         rendered = render(question)
         if head:
-            yield "head", number, dialect.head(name, rendered)
+            yield "head", number, dialect.head(name, rendered, api)
         else:
             yield "generate", number, dialect.generate(name, rendered, MAX_TOKENS)
             yield "label_logprobs", number, dialect.label_logprobs(name, rendered, label_ids, api)

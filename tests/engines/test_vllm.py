@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 import urllib.request
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from common.config import LoadedConfig, load_config
 from common.serving.model import JudgeModel
@@ -29,11 +31,12 @@ from common.types import Missing
 from tests.common.serving.test_serve import free_ports
 from tests.engines.pairs import head_outputs, judge, label_probabilities, pairs, questions
 from tests.runs import read_lines, running, start, wait_until, write_records
-from tests.tiny import make_model
+from tests.tiny import make_classifier, make_model
 from tests.training import ROOT
 
 READY_S = 900.0
 ENGINES = ("torch", "jax")
+SMALL = {"hidden_size": 128, "num_attention_heads": 4, "max_position_embeddings": 4096}  # attention of 32 on a CPU
 NAMES = ("safety", "safety_jailbreak", "value", "knowledge", "normal", "general")
 
 
@@ -66,8 +69,9 @@ def serving(folder: Path, **servers: dict[str, Any]) -> Iterator[Served]:
     """`safework serve` on these servers until the block ends."""
     config = folder / "serve.yaml"
     small = load_config([ROOT / "configs" / "quickstart.yaml"]).config.rewards.judges["safety_small"]
-    judged = {name: {**judge(name).model_dump(mode="json"), "server": "plain"} for name in NAMES}
-    judged["safety_small"] = {**small.model_dump(mode="json"), "server": list(servers)[-1]}
+    first, *_, last = (*servers, *servers)
+    judged = {name: {**judge(name).model_dump(mode="json"), "server": first} for name in NAMES}
+    judged["safety_small"] = {**small.model_dump(mode="json"), "server": last}
     tables = {
         "include": [str(ROOT / "configs" / name) for name in ("base.yaml", "model/smollm2.yaml")],
         "run": {"dir": str(folder / "run")},
@@ -134,10 +138,49 @@ def test_heads_agree(served: Served) -> None:
     section = load_config([ROOT / "configs" / "quickstart.yaml"]).config.rewards.judges["safety_small"]
     with model(served, "torch", "headed", in_process=False) as vllm:
         expected = head_outputs(vllm, section)
+        vars(vllm)["_api"] = {"paths": {"/pooling": {}}}  # the other route that gives them
+        np.testing.assert_allclose(head_outputs(vllm, section), expected, atol=1e-5)
     assert expected.shape == (200, 8)
     for backend in ENGINES:
         with model(served, backend, "headed", in_process=True) as local:
             np.testing.assert_allclose(head_outputs(local, section), expected, atol=1e-3)
+
+
+def test_scalars_agree(tmp_path: Path) -> None:
+    """One output for a sequence (/classify), or one at every token (/pooling alone), with the same numbers."""
+    scalar = make_classifier(tmp_path / "scalar", "qwen2", 1, **SMALL)
+    reward = make_reward_model(tmp_path / "reward", scalar)
+    urls = [f"http://127.0.0.1:{port}" for port in free_ports(2)]
+    folders = {"scalar": scalar, "reward": reward}
+    servers = {name: server(url, model=str(folders[name])) for name, url in zip(folders, urls, strict=True)}
+    section = judge("value")
+    with serving(tmp_path, **servers) as found:
+        outputs = []
+        for name in folders:
+            with model(found, "torch", name, in_process=False) as vllm:
+                outputs.append(head_outputs(vllm, section))
+        for backend in ENGINES:
+            with model(found, backend, "scalar", in_process=True) as local:
+                outputs.append(head_outputs(local, section))
+    assert outputs[0].shape == (200, 1) and outputs[0].std() > 0.1
+    for other in outputs[1:]:
+        np.testing.assert_allclose(other, outputs[0], atol=1e-3)
+
+
+def make_reward_model(folder: Path, scalar: Path) -> Path:
+    """A folder of Qwen2ForRewardModel, whose head has two layers, with the outputs of a scalar classifier: its first
+    layer adds so much that the ReLU behind it changes nothing, and its second takes that off again.
+    """
+    shutil.copytree(scalar, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["Qwen2ForRewardModel"]}))
+    weights = load_file(folder / "model.safetensors")
+    head = weights.pop("score.weight")
+    width = head.shape[1]
+    weights |= {"score.0.weight": np.eye(width, dtype=np.float32), "score.0.bias": np.full(width, 64.0, np.float32)}
+    weights |= {"score.2.weight": head, "score.2.bias": -64.0 * head.sum(axis=1)}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 @pytest.mark.parametrize("name", ["safety", "normal", "general"])

@@ -44,7 +44,8 @@ def stand_in(handler: Handler, port: int = 0) -> Iterator[str]:
 
 class Vllm:
     """Speaks vLLM's dialect: says `name` from `root`, answers with `text`, and keeps what it was asked. newest: lists
-    the tokens it is asked for. writes: has routes that generate. key: what it wants to be asked with.
+    the tokens it is asked for. writes: has routes that generate. classifies: has the route of heads beside that of
+    outputs at every token. key: what it wants to be asked with.
     """
 
     def __init__(
@@ -54,9 +55,11 @@ class Vllm:
         text: str = "good",
         newest: bool = True,
         writes: bool = True,
+        classifies: bool = True,
         key: str | None = None,
     ) -> None:
         self.name, self.root, self.text, self.newest, self.writes, self.key = name, root, text, newest, writes, key
+        self.routes = {"/pooling": {}} | ({"/classify": {}} if classifies else {})
         self.asked: list[tuple[str, dict[str, Any]]] = []
 
     async def __call__(self, request: web.Request) -> web.Response:
@@ -67,8 +70,8 @@ class Vllm:
         if request.path == "/openapi.json":
             properties = {"logprob_token_ids": {}} if self.newest else {}
             schemas = {"CompletionRequest": {"properties": properties}} if self.writes else {}
-            return web.json_response({"components": {"schemas": schemas}})
-        if not self.writes and request.path != "/classify":
+            return web.json_response({"components": {"schemas": schemas}, "paths": self.routes})
+        if not self.writes and request.path not in self.routes:
             return web.Response(status=404)
         payload = await request.json()
         self.asked.append((request.path, payload))
@@ -77,4 +80,5 @@ class Vllm:
         listed = [{"token": token, "logprob": logprob} for token, logprob in found.items()]
         logprobs = {"top_logprobs": [found], "content": [{"top_logprobs": listed}]}
         choice = {"text": self.text, "message": {"content": self.text}, "logprobs": logprobs}
-        return web.json_response({"choices": [choice], "data": [{"probs": [0.5, -2.0]}]})
+        heads = {"probs": [0.5, -2.0], "data": [[0.0, 0.0], [0.25, -1.0]]}
+        return web.json_response({"choices": [choice], "data": [heads]})

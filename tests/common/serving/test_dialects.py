@@ -67,13 +67,17 @@ def calls_again(record: dict[str, Any], render: Renderer) -> list[tuple[str, int
         {"choices": [{"text": "a\ud800", "logprobs": None}], "meta_info": {}, "text": "a\ud800", "data": None},
         {"choices": [{"text": None, "logprobs": []}], "meta_info": [], "text": 1, "embedding": [10**400]},
         {"data": [{"probs": [10**400]}], "choices": 1, "text": "", "meta_info": "", "embedding": {}},
+        {"data": [{"probs": [[1.0]], "data": [[[1.0]]]}], "embedding": 1.0},
+        {"data": [{"probs": 1.0, "data": 1.0}], "embedding": [[1.0]]},
+        {"data": [{"probs": "a", "data": []}], "embedding": "a"},
     ],
 )
 def test_replies_of_another_shape_are_unreadable(engine: str, reply: Any) -> None:
     """And nothing else is raised, which would end the run."""
     dialect, asked = DIALECTS[engine], np.zeros(1, np.int32)
     labels = dialect.label_logprobs("m", asked, [0], {})
-    for call in (dialect.generate("m", asked, 1), labels, dialect.head("m", asked)):
+    heads = [dialect.head("m", asked, {"paths": {route: {}}}) for route in ("/classify", "/pooling")]
+    for call in (dialect.generate("m", asked, 1), labels, *heads):
         with pytest.raises(UNREADABLE):
             call.read(reply)
 

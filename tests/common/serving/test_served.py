@@ -49,6 +49,15 @@ def test_questions_travel_as_the_tokens_of_the_models_own_template(tmp_path: Pat
     assert vllm.asked[2] == ("/classify", vllm.asked[2][1] | {"use_activation": False})
 
 
+def test_a_model_with_outputs_at_every_token_is_asked_for_those_of_the_last(tmp_path: Path) -> None:
+    vllm = Vllm(writes=False, classifies=False)
+    with stand_in(vllm) as url, served(tmp_path, url) as model:
+        (head,) = model.head([QUESTION])
+    np.testing.assert_array_equal(np.asarray(head.value), np.float32([0.25, -1.0]))
+    ((path, payload),) = vllm.asked
+    assert path == "/pooling" and payload["use_activation"] is False
+
+
 def test_an_older_server_is_asked_by_its_route_of_token_ids(tmp_path: Path) -> None:
     newer, older = Vllm(), Vllm(newest=False)
     answers = []
