@@ -104,6 +104,8 @@ class ReadOutSection(Section):
     def _complete(self) -> ReadOutSection:
         if self.outputs is not None and len(self.outputs) != (len(self.verdicts) if self.type == "classes" else 1):
             raise ValueError("outputs names one output of the head for each verdict, or the only one of a scalar")
+        if len({verdict.casefold() for verdict in self.verdicts}) < len(self.verdicts):
+            raise ValueError("two verdicts differ by case alone, which is not read. Choose other words")
         if self.type in ("verdict", "labels", "classes") and len(self.verdicts) < 2:
             raise ValueError(f"a read-out of type {self.type} chooses among verdicts. Name at least two of them")
         if self.type == "number" and len(self.grades) < 2:

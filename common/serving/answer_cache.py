@@ -33,7 +33,11 @@ class AnswerCache:
         self._guarded(self._open)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, once nobody reads or writes it any more; whoever asks later finds nothing."""
+        with self._lock:
+            self._shut()
+
+    def _shut(self) -> None:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -44,7 +48,7 @@ class AnswerCache:
             return dict(self._guarded(lambda: list(self._found(keys))) or ())
 
     def put(self, answers: Mapping[bytes, bytes]) -> None:
-        """Keep answers; one that another process has kept meanwhile stays."""
+        """Keep answers, in the place of those that another process has kept meanwhile."""
         rows = [(key, answer, _digest(key, answer)) for key, answer in answers.items()]
         with self._lock:
             self._guarded(lambda: self._insert(rows))
@@ -74,10 +78,11 @@ class AnswerCache:
         """What the work gives; None when the file fails it."""
         try:
             return work()
-        except (sqlite3.OperationalError, OSError) as error:  # locked, full, read-only: none of it is damage
+        # Locked, full, read-only, a fault of ours: none of it is damage.
+        except (sqlite3.OperationalError, sqlite3.ProgrammingError, OSError) as error:
             self._give_up(str(error))
         except sqlite3.DatabaseError as error:
-            self.close()
+            self._shut()
             aside = self._file.with_name(f"{self._file.name}.damaged-{time.time_ns()}")
             print(f"cache of judges' answers: {self._file} is damaged ({error}); kept as {aside.name}", file=sys.stderr)
             try:
@@ -90,7 +95,7 @@ class AnswerCache:
         return None
 
     def _give_up(self, reason: str) -> None:
-        self.close()
+        self._shut()
         print(f"cache of judges' answers: {self._file} cannot be used ({reason}); going on without it", file=sys.stderr)
 
 

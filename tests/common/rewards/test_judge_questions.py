@@ -229,6 +229,7 @@ def test_a_judge_needs_an_english_prompt() -> None:
     [
         ({"type": "verdict"}, "at least two"),
         ({"type": "labels", "verdicts": {"good": 1.0}}, "at least two"),
+        ({"type": "verdict", "verdicts": {"Safe": 1.0, "safe": 0.0}}, "differ by case alone"),
         ({"type": "classes", "verdicts": {}}, "at least two"),
         ({"type": "number", "grades": [1.0]}, "at least two"),
     ],
