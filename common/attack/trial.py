@@ -61,6 +61,8 @@ def attack(loaded: LoadedConfig, open_judge: OpenJudge, options: Options) -> int
     if not out.absolute().parent.is_dir():
         key = "--out" if options.out else "rewards.attack_report ="
         raise ConfigError(f"{key} {out}: no such folder. Make it, or give another path.")
+    if out.is_dir():
+        raise ConfigError(f"{out}: is a folder. Give the path of a file for the report.")
     cases, sha256 = read_cases(loaded.config.rewards.attack_cases, loaded.origin)
     chosen = _chosen(loaded, cases, options)
     with closing(Servers(loaded, open_judge)) as servers:

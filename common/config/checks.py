@@ -164,6 +164,16 @@ def _gate_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
                     f"{name!r} may score below 0, and a gate of that sort would turn bad totals into good ones. Make "
                     "it a term, or choose a verifier with scores from 0 up.",
                 )
+        if len(set(names)) < len(names):
+            yield f"rewards.gates.{label}", "names a verifier twice, which would multiply by it twice. Name it once."
+        terms = config.rewards.recipe.get(label, {})
+        below = [name for name in terms if name in verifiers and not _may_gate(config, name)]
+        if names and below:
+            yield (
+                f"rewards.gates.{label}",
+                f"would make totals below 0 better by multiplying them, and the term {below[0]!r} may score below 0. "
+                "Remove the gates or that term, or turn the term into one from 0 up.",
+            )
         if label not in config.rewards.recipe:
             yield f"rewards.gates.{label}", "rewards.recipe has no terms for this label. Add them or correct the name."
         if kinds.labels.get(label, kinds.type) == "gdpo":

@@ -33,7 +33,7 @@ _HARMLESS_VARIABLE = re.compile(
 )
 _OPTION = re.compile(r"--?[A-Za-z]")  # -1 is a value
 _NAME_ENDS = re.compile(r"[=.\s]")
-_SECRET = re.compile(r"(key|token|password|secret)$", re.IGNORECASE)
+_SECRET = re.compile(r"((key|passw(or)?d|secret|credential|authorization)s?|token)$", re.IGNORECASE)
 _PASSWORD = re.compile(r"://[^/\s]*@")
 
 
@@ -55,7 +55,7 @@ def _name(word: str) -> str:
 
 def shaping_variables(environment: Mapping[str, str]) -> list[str]:
     """Those variables that may change what a model answers, as NAME=VALUE."""
-    return [f"{name}={value}" for name, value in environment.items() if not _HARMLESS_VARIABLE.fullmatch(name)]
+    return [f"{name}={value}" for name, value in sorted(environment.items()) if not _HARMLESS_VARIABLE.fullmatch(name)]
 
 
 class LaunchSection(Section):
@@ -91,6 +91,17 @@ class LaunchSection(Section):
                 f"{secret} would be kept with every run and its scores. Leave it out here, and set the engine's "
                 "variable for it in the shell (VLLM_API_KEY, HF_TOKEN)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_started(self) -> LaunchSection:
+        words = (self.python, *self.options, *self.environment, *self.environment.values())
+        if any("\0" in word or any("\ud800" <= sign <= "\udfff" for sign in word) for word in words):
+            raise ValueError(
+                "holds a word with a null byte or half a character, which no process can be given. Correct it"
+            )
+        if any(not name or "=" in name for name in self.environment):
+            raise ValueError("a variable of environment needs a name without =. Correct it")
         return self
 
     @model_validator(mode="after")

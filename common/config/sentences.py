@@ -36,7 +36,7 @@ _WORDS = {
 _ADDRESSES = "urls"
 _SECRETIVE = ("options", "environment")  # of a launch table: words for a program
 _PASSWORD = re.compile(r"://[^/\s]*@")
-_SECRET = re.compile(r"(key|token|password|secret)$", re.IGNORECASE)
+_SECRET = re.compile(r"((key|passw(or)?d|secret|credential|authorization)s?|token)$", re.IGNORECASE)
 _LONGEST_VALUE = 200
 
 Model = TypeVar("Model", bound=BaseModel)

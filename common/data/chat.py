@@ -144,6 +144,16 @@ class Chat:
         """The text with a space inside every control token that it spells, for servers that read tokens out of text."""
         return self._control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
+    def render_images(self, turns: Sequence[dict[str, Any]]) -> str | None:
+        """As `render`, of turns whose content may be a list of texts and images; None for a template of texts alone."""
+        sample = [{"type": "text", "text": "?"}, {"type": "image"}]
+        try:
+            one, two = (self.render([{"role": "user", "content": content}]) for content in (sample, sample * 2))
+        except (ConfigError, TypeError):
+            return None
+        # Some would print the list itself.
+        return None if "'type'" in one or one == two else self.render(turns)
+
     def without_added(self, text: str) -> str | None:
         """A rendered text less what the tokenizer puts around any text by itself (a first bos), for servers that let it
         do so. None when it puts there what the template does not, so that no text would be read as this one.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import mimetypes
+import os
 from pathlib import Path
 
 from common.config.section import ConfigError
@@ -20,7 +21,8 @@ def image_url(source: str) -> str:
     if kind is None or not kind.startswith("image/"):
         raise ConfigError(f"{source}: is no image by its name. Use a file that ends in .png, .jpg, .webp or the like.")
     try:
-        content = Path(source).expanduser().read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{source}: cannot be read ({error.strerror}). Correct the record's images.") from None
+        content = Path(os.path.expanduser(source)).read_bytes()
+    except (OSError, ValueError) as error:  # the latter of a null byte
+        problem = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{source!r}: cannot be read ({problem}). Correct the record's images.") from None
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -6,6 +6,7 @@ Both engines serve the same models, so that what one trains the other can go on 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,17 @@ def is_classifier(hf: Mapping[str, Any]) -> bool:
 def num_classes(hf: Mapping[str, Any]) -> int:
     """Outputs of a classifier's head; transformers' own default where the config does not say."""
     return len(hf.get("id2label") or ()) or hf.get("num_labels") or 2
+
+
+def context_length(hf: Mapping[str, Any]) -> float:
+    """Tokens that the model was made for; without limit where the config does not say. Rotary scaling stretches it, and
+    newer configs say the stretched length.
+    """
+    stated = hf.get("max_position_embeddings")
+    if not stated:
+        return math.inf
+    rope = rope_table(hf)
+    return max(stated, (rope["original_max_position_embeddings"] or stated) * rope.get("factor", 1))
 
 
 def num_kv_heads(hf: Mapping[str, Any]) -> int:

@@ -23,7 +23,7 @@ def model_folder(path: str) -> Path:
     """
     if path.startswith(EMBEDDED):
         return _embedded(path.removeprefix(EMBEDDED))
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if not folder.is_dir() and _HUB_NAME.fullmatch(path):
         folder = _hub_snapshot(path, ["*.safetensors", *_TOKENIZER_FILES])
     if not (folder / "config.json").is_file():
@@ -38,7 +38,7 @@ def judge_folder(path: str, head: str | None) -> Path:
 
     Raises ConfigError, without the setting's name, as `model_folder` does, and for a head that does not fit.
     """
-    return model_folder(path) if head is None else folder_with_head(model_folder(path), Path(head).expanduser())
+    return model_folder(path) if head is None else folder_with_head(model_folder(path), Path(os.path.expanduser(head)))
 
 
 def tokenizer_folder(path: str) -> Path:
@@ -48,7 +48,7 @@ def tokenizer_folder(path: str) -> Path:
     """
     if path.startswith(EMBEDDED):
         return _embedded(path.removeprefix(EMBEDDED))
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if not folder.is_dir() and _HUB_NAME.fullmatch(path):
         folder = _hub_snapshot(path, _TOKENIZER_FILES)
     if not folder.is_dir():

@@ -8,7 +8,7 @@ kept; in a conversation that ends with an answer, the answer is the reference un
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +123,16 @@ def _images(record: dict[str, Any], messages: list[Message]) -> tuple[str, ...]:
     images = record.get("images") or []
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise BadRecord("'images' must be a list of paths or URLs.")
-    markers = sum(message.content.count(IMAGE) for message in messages)
-    if markers != len(images) and (images or "images" in record):
-        raise BadRecord(f"has {len(images)} images but {markers} {IMAGE} markers. Give each image its marker.")
+    if images or "images" in record:
+        check_markers(images, messages)
     return tuple(images)
+
+
+def check_markers(images: Sequence[str], messages: Sequence[Message]) -> None:
+    """Raise BadRecord when the texts do not have one marker for each image."""
+    markers = sum(message.content.count(IMAGE) for message in messages)
+    if markers != len(images):
+        raise BadRecord(f"has {len(images)} images but {markers} {IMAGE} markers. Give each image its marker.")
 
 
 def _reference(record: dict[str, Any], key: str | None, answer: str | None) -> Any:

@@ -90,6 +90,10 @@ def source_digest(path: str) -> str:
 
 def _imported(path: str, key: str, origin: Origin) -> Any:
     module, _, name = path.partition(":")
+    if not module.strip(".") or module.startswith("."):
+        raise ConfigError(
+            sentence(key, path, origin(key), "names no module. Write module:function, without a first dot.")
+        )
     # As `python -m` has it, and the installed command has not: a module beside the user's run files is found.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -106,12 +110,12 @@ def _checked(score: Any) -> Score | Missing:
     if score is None or isinstance(score, Missing):
         return score or Missing("the user's code gave no score")
     number = score.value if isinstance(score, Score) else score
-    if isinstance(number, str):  # float would read it
+    if isinstance(number, str | bytes | bytearray):  # float would read it
         return Missing(f"the user's code gave {number!r}, which is no number")
     try:
         value = float(number)
-    except (TypeError, ValueError):
-        return Missing(f"the user's code gave {score!r}, which is no number")
+    except (TypeError, ValueError, OverflowError):
+        return Missing(f"the user's code gave {str(score)[:80]}, which is no number")
     if not math.isfinite(value):
         return Missing(f"the user's code gave {value}, which is not finite")
     return replace(score, value=value) if isinstance(score, Score) else Score(value, f"{value:.4g}")

@@ -46,7 +46,7 @@ class Verifying:
         self, begun: AsyncResult[list[Score | Missing]], samples: Sequence[Sample], deadline: float
     ) -> list[Score | Missing]:
         try:
-            return begun.get(max(deadline - time.monotonic(), 0.0))
+            return begun.get(min(max(deadline - time.monotonic(), 0.0), threading.TIMEOUT_MAX))
         except NoResult:
             reason = f"it gave no result within {self._deadline_s:g} s (rewards.deadline_s)"
             return [Missing(reason) for _ in samples]

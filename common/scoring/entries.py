@@ -20,7 +20,7 @@ from common.config import ConfigError, LoadedConfig
 from common.config.sentences import sentence
 from common.data.chat import THINK_CLOSE, THINK_OPEN, Chat, transcript
 from common.data.model_folder import tokenizer_folder
-from common.data.records import ROLES, BadRecord, given_label, parse_line, parse_prompt, parse_turns
+from common.data.records import ROLES, BadRecord, check_markers, given_label, parse_line, parse_prompt, parse_turns
 from common.scoring.expected import Expected, expected_values
 from common.types import Prompt, Rollout, Sample, Score, Span, Transcript
 
@@ -126,6 +126,8 @@ class Reader:
                 reference=record["reference"],
                 images=tuple(map(str, record["images"])),
             )
+            if prompt.images:
+                check_markers(prompt.images, prompt.messages)
             rollout, recorded = _rollout(record), _recorded(record)
             name = f"{prompt.id}/{record['step']}/{record['draw']}/{record['sample']}"
         except BadRecord:

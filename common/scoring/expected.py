@@ -9,6 +9,7 @@ from common.config.run import RewardsSection
 from common.data.records import BadRecord
 
 Expected = str | float  # a verdict or a score
+_LARGEST = 1e100  # whose squares can be summed up
 
 
 def expected_values(record: Mapping[str, Any], label: str, rewards: RewardsSection) -> dict[str, Expected]:
@@ -55,6 +56,8 @@ def _table(expected: Any) -> Mapping[str, Any]:
 def _check(name: str, value: Any, verdicts: Sequence[str]) -> None:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise BadRecord(f"expects {value!r} of {name!r}, which is neither a verdict nor a number.")
+    if not isinstance(value, str) and not abs(value) <= _LARGEST:
+        raise BadRecord(f"expects a number of {name!r} that is beyond {_LARGEST:g}, or none. Correct it.")
     if isinstance(value, str) and value not in verdicts:
         known = f"choose one of {', '.join(map(repr, verdicts))}" if verdicts else "it gives numbers alone"
         raise BadRecord(f"expects the verdict {value!r} of {name!r}: {known}.")

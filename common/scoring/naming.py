@@ -45,15 +45,12 @@ class Naming:
         return any(isinstance(verifier, Judge) and verifier.section.images for verifier in verifiers)
 
     def _verifier(self, name: str) -> list[Any]:
-        config, verifier = self._loaded.config, self._recipe.verifiers[name]
-        section = config.rewards.verifiers[name]
+        verifier, section = self._recipe.verifiers[name], self._loaded.config.rewards.verifiers[name]
         parts: list[Any] = [section.model_dump()]
         parts += [source_digest(path) for path in (section.rule, section.reward_model) if path and ":" in path]
         if isinstance(verifier, Judge):
             # As JSON: the order of verdicts says which output of a head is which, and a sorted table would lose it.
             parts += [FORM, verifier.section.model_dump_json(), verifier.model.identity]
-            if config.servers[verifier.section.server].engine == "in_process":
-                parts += [config.backend.name, config.backend.dtype]
         return parts
 
 

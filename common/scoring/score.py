@@ -79,7 +79,8 @@ def _score_all(scorer: Scorer, entries: Sequence[Entry], names: Sequence[Name], 
         lines = one_of_each(names, file.resume(names))
         left = [place for place, line in enumerate(lines) if line is None]
         if len(left) < len(lines):
-            console.print(f"{out}: {len(lines) - len(left)} of {len(lines)} records are scored already", soft_wrap=True)
+            known = f"{out}: {len(lines) - len(left)} of {len(lines)} records are scored already"
+            console.print(known, markup=False, soft_wrap=True)
         with ScoringProgress(console, len(lines) - len(left), len(lines)) as progress:
             missing = 0
             for start in range(0, len(left), CHUNK):
@@ -115,7 +116,8 @@ def _sum_up(loaded: LoadedConfig, job: Job, entries: Sequence[Entry], lines: Seq
         console.width = _WIDTH
     for table in tables(summary):
         console.print(table)
-    console.print(f"{job.out}: {len(lines)} records scored; {file}: this summary", highlight=False, soft_wrap=True)
+    written = f"{job.out}: {len(lines)} records scored; {file}: this summary"
+    console.print(written, highlight=False, markup=False, soft_wrap=True)
     limit = loaded.config.rewards.max_missing
     if summary.missing > limit:
         raise ScoreMissing(

@@ -14,8 +14,9 @@ class Seen(NamedTuple):
     """A question with images, for servers that prepare images themselves.
 
     turns: chat messages with a list of parts as OpenAI's API has them, images as URLs. text: the same through the chat
-    template, with the template's own marks where images stand, for a server whose tokenizer puts tokens around any text
-    (see Chat.without_added). Control tokens spelled in either are broken by a space.
+    template, with the template's own marks where images stand, for a server whose tokenizer puts tokens around any
+    text; None where there is none (Chat.render_images, Chat.without_added). Control tokens spelled in either are broken
+    by a space.
     """
 
     turns: list[dict[str, Any]]
@@ -33,11 +34,10 @@ def sound_text(text: Any) -> str:
 
 
 def sound_outputs(values: Any) -> np.ndarray:
-    """A reply's outputs of a head: float32 [C]. Raises ValueError for what is no list of numbers."""
-    outputs = np.array(values, np.float32)
-    if outputs.ndim != 1:
-        raise ValueError("the outputs are no list of numbers")
-    return outputs
+    """A reply's outputs of a head: float32 [C]. Raises TypeError for what is no list of numbers."""
+    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+        raise TypeError("the outputs are no list of numbers")
+    return np.array(values, np.float32)
 
 
 Rendered = np.ndarray | Seen  # token ids int32 [T], or a question with images

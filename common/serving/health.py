@@ -33,7 +33,7 @@ async def why_unready(session: aiohttp.ClientSession, site: Site, limit_s: float
         return str(error) or type(error).__name__
     try:
         reply = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return f"{models} replied no JSON but {body[:_LONGEST_SHOWN].decode(errors='replace')}"
     served_weights(site.server, site.section, site.served_name, site.url, reply)
     return None

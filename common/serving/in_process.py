@@ -12,12 +12,12 @@ import numpy as np
 
 from common.config.section import ConfigError
 from common.config.servers import ServerSection
-from common.data.model_config import is_classifier, read_model_config
+from common.data.model_config import context_length, is_classifier, read_model_config
 from common.data.model_folder import judge_folder
 from common.data.model_weights import weights_digest
 from common.serving.model import Answer, LocalJudge, Question
 from common.serving.rendering import Renderer
-from common.types import Asked
+from common.types import Asked, Missing
 
 OpenJudge = Callable[[Path], LocalJudge]
 
@@ -37,13 +37,14 @@ class InProcessModel:
     question needs what the model does not have: a head, a vocabulary, or eyes.
     """
 
-    def __init__(self, section: ServerSection, open_judge: OpenJudge) -> None:
+    def __init__(self, section: ServerSection, open_judge: OpenJudge, numbers: str) -> None:
         self._section, self._open_judge = section, open_judge
         self._folder = judge_folder(section.model, section.head)
         self._render = Renderer(self._folder)
-        self._has_head = is_classifier(read_model_config(self._folder))
+        hf = read_model_config(self._folder)
+        self._has_head, self._longest = is_classifier(hf), context_length(hf)
         digest = weights_digest(self._folder)[:12]
-        self.identity = f"{section.model}, weights {digest}, template {self._render.chat.digest}"
+        self.identity = f"{section.model}, weights {digest} in {numbers}, template {self._render.chat.digest}"
         self._lock = threading.Lock()
         self._opened: LocalJudge | None = None
 
@@ -54,17 +55,19 @@ class InProcessModel:
     def generate(self, questions: Sequence[Question], max_tokens: int) -> list[Answer[str]]:
         """See JudgeModel."""
         self._refuse(self._has_head, "has a classification head and cannot write. Use a read-out of classes or scalar.")
+        self._render.refuse_reasoning()
         stop_ids = self._render.chat.stop_ids
 
         def ask(model: LocalJudge, prompts: list[np.ndarray]) -> list[str]:
             written = model.generate(prompts, max_tokens, stop_ids)
             return [self._render.chat.decode(ids[:-1] if int(ids[-1]) in stop_ids else ids) for ids in written]
 
-        return self._ask(questions, ask)
+        return self._ask(questions, ask, max_tokens)
 
     def label_logprobs(self, questions: Sequence[Question], labels: Sequence[str]) -> list[Answer[np.ndarray]]:
         """See JudgeModel."""
         self._refuse(self._has_head, "has a classification head and no labels. Use a read-out of classes or scalar.")
+        self._render.refuse_reasoning()
         label_ids = self._render.chat.first_tokens(labels)
         return self._ask(questions, lambda model, prompts: list(model.next_logprobs(prompts, label_ids)))
 
@@ -78,11 +81,25 @@ class InProcessModel:
             raise ConfigError(f"the judge's model {self._section.model}: {problem}")
 
     def _ask(
-        self, questions: Sequence[Question], ask: Callable[[LocalJudge, list[np.ndarray]], list[Any]]
+        self,
+        questions: Sequence[Question],
+        ask: Callable[[LocalJudge, list[np.ndarray]], list[Any]],
+        max_tokens: int = 0,
     ) -> list[Answer[Any]]:
-        if not questions:
-            return []
         prompts = [self._token_ids(question) for question in questions]
+        limit = self._longest - max_tokens
+        found = iter(self._answers([prompt for prompt in prompts if len(prompt) <= limit], ask))
+        return [next(found) if len(prompt) <= limit else self._too_long(len(prompt), limit) for prompt in prompts]
+
+    def _too_long(self, length: int, limit: float) -> Answer[Any]:
+        problem = f"the question has {length} tokens, and the judge's model has room for {limit}"
+        return Answer(Missing(problem), Asked(self.identity, 0.0, 0.0, cached=False))
+
+    def _answers(
+        self, prompts: list[np.ndarray], ask: Callable[[LocalJudge, list[np.ndarray]], list[Any]]
+    ) -> list[Answer[Any]]:
+        if not prompts:
+            return []
         queued_at = time.monotonic()
         with self._lock:
             started_at = time.monotonic()

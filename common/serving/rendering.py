@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from common.config.section import ConfigError
 from common.data.chat import Chat
 from common.data.images import image_url
 from common.serving.dialect import Rendered, Seen
@@ -39,6 +40,16 @@ class Renderer:
         if question.system is not None:
             turns.insert(0, {"role": "system", "content": self.chat.broken(question.system)})
         marked = [{"type": "image"} if part["type"] == "image_url" else part for part in parts]
-        text = self.chat.render([*turns[:-1], {"role": "user", "content": marked}])
+        text = self.chat.render_images([*turns[:-1], {"role": "user", "content": marked}])
         images = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
-        return Seen(turns, self.chat.without_added(text), images)
+        return Seen(turns, None if text is None else self.chat.without_added(text), images)
+
+    def refuse_reasoning(self) -> None:
+        """Raise ConfigError for a chat template that opens a think block: what a judge thinks would be read as its
+        answer.
+        """
+        if self.chat.opens_reasoning([Message("user", "?")]):
+            raise ConfigError(
+                "the chat template of a judge's model opens a think block, whose beginning would be taken for the "
+                "answer. Choose a model without, or give its folder a template that leaves the block to the model."
+            )

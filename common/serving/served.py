@@ -7,12 +7,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.config.servers import ServerSection
-from common.data.model_folder import tokenizer_folder
+from common.data.model_folder import engine_path, tokenizer_folder
 from common.serving import sglang, vllm
 from common.serving.dialect import Dialect
 from common.serving.http import UNREADABLE, Call, CallFailed, Replicas
@@ -61,6 +62,15 @@ def served_weights(name: str, section: ServerSection, expected: str, url: str, r
             f"server {name} at {url} serves {served!r}, and servers.{name} names {expected!r}. "
             "Set served_name to what it is called there, or start the right model."
         )
+    # vLLM calls a model what it was told to; the folder with a head has a name of its own, wherever it was copied to.
+    if (
+        section.head is not None
+        and (folder := Path(engine_path(section.model, section.head)).name) != Path(weights).name
+    ):
+        raise ServerError(
+            f"server {name} at {url} loaded {weights}, and servers.{name}.head asks for the folder {folder}. Start it "
+            "by safework serve, or from a copy of that folder of this name."
+        )
     return f"{served} from {weights}"
 
 
@@ -94,10 +104,12 @@ class ServedModel:
 
     def generate(self, questions: Sequence[Question], max_tokens: int) -> list[Answer[str]]:
         """See JudgeModel."""
+        self._render.refuse_reasoning()
         return self._ask(self._dialect.generate(self._served, self._render(asked), max_tokens) for asked in questions)
 
     def label_logprobs(self, questions: Sequence[Question], labels: Sequence[str]) -> list[Answer[np.ndarray]]:
         """See JudgeModel."""
+        self._render.refuse_reasoning()
         label_ids = self._render.chat.first_tokens(labels)
         return self._ask(
             self._dialect.label_logprobs(self._served, self._render(asked), label_ids, self._api) for asked in questions

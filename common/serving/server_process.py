@@ -50,8 +50,8 @@ class ServerProcess:
 
     def last_line(self) -> str:
         """The last that it has written."""
-        line = self._lines()[-1]
-        return "has written nothing yet" if line == self._command else line
+        lines = self._lines()
+        return lines[-1] if lines and lines[-1] != self._command else "has written nothing yet"
 
     def last_words(self, count: int) -> list[str]:
         """The end of the log; when the last error is further up, because the engine went on to clean up, half of it
@@ -65,11 +65,14 @@ class ServerProcess:
         return [*lines[max(errors[-1] + 1 - half, 0) : errors[-1] + 1], "…", *lines[-half:]]
 
     def _lines(self) -> list[str]:
-        """The log's last part, without blank lines and what only a terminal understands."""
-        with self.log.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - _TAIL_BYTES, 0))
-            text = file.read().decode(errors="replace")
+        """The log's last part, without blank lines and a terminal's commands; of one that is gone, nothing."""
+        try:
+            with self.log.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(size - _TAIL_BYTES, 0))
+                text = file.read().decode(errors="replace")
+        except OSError:
+            return []
         lines = [_CONTROL.sub("", line).rstrip() for line in re.split(r"[\r\n]+", text)]
         return [line for line in lines if line]
 

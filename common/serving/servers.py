@@ -34,7 +34,8 @@ class Servers:
     def _open(self, name: str, section: ServerSection) -> JudgeModel:
         with blamed(f"servers.{name}.model", section.model, self._loaded.origin):
             if section.engine == "in_process":
-                return InProcessModel(section, self._open_judge)
+                backend = self._loaded.config.backend
+                return InProcessModel(section, self._open_judge, f"{backend.dtype} of {backend.name}")
             served = ServedModel(name, section)
         if not self._loaded.config.rewards.cache:
             return served

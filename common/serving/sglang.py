@@ -49,15 +49,15 @@ def _asked(question: Rendered, max_tokens: int) -> dict[str, Any]:
 
 
 def _prompt(question: Rendered) -> dict[str, Any]:
-    """Raises ConfigError for images where SGLang, which lets the tokenizer add its own tokens there, would add others
-    than the chat template's.
+    """Raises ConfigError for images where the chat template has no place for any, or SGLang, which lets the tokenizer
+    add its own tokens there, would add others than the template's.
     """
     if isinstance(question, Seen):
         if question.text is None:
             raise ConfigError(
-                "the tokenizer of a judge's model puts tokens around each text that its chat template does not have, "
-                "and SGLang would put them around questions with images. Serve the model by vLLM, or leave the added "
-                "tokens out of its tokenizer."
+                "SGLang cannot be asked about images by a judge's model: its chat template has no place for them, or "
+                "its tokenizer puts tokens around each text that the template does not have. Choose a model for "
+                "images, or serve it by vLLM."
             )
         return {"text": question.text, "image_data": question.images}
     return {"input_ids": question.tolist()}

@@ -42,11 +42,23 @@ def open_judge(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[OpenJ
 
 def judge(folder: Path, open_judge: OpenJudge, **section: object) -> InProcessModel:
     table = {"engine": "in_process", "model": str(folder), "rows": 4, **section}
-    return InProcessModel(ServerSection.model_validate(table), open_judge)
+    return InProcessModel(ServerSection.model_validate(table), open_judge, "fp32")
 
 
 def prompts(model: InProcessModel) -> list[torch.Tensor]:
     return [torch.from_numpy(model._token_ids(question).astype(np.int64))[None] for question in QUESTIONS]
+
+
+def test_a_question_longer_than_the_model_was_made_for_has_no_answer(tmp_path: Path, open_judge: OpenJudge) -> None:
+    model = judge(make_model(tmp_path / "model"), open_judge)  # of 512 tokens, one a byte
+    questions = [QUESTIONS[0], Question(None, ("word " * 200,)), QUESTIONS[1]]
+    first, long, last = model.label_logprobs(questions, ["good", "bad"])
+    assert isinstance(long.value, Missing) and "the judge's model has room for 512" in long.value.reason
+    alone = model.label_logprobs(QUESTIONS[:2], ["good", "bad"])
+    for found, expected in zip((first, last), alone, strict=True):
+        np.testing.assert_array_equal(found.value, expected.value)
+    answers = model.generate(questions, 450)
+    assert [isinstance(answer.value, Missing) for answer in answers] == [False, True, False]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

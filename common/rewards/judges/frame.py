@@ -62,7 +62,7 @@ def _visible(line: str) -> str:
     """What a person sees of a line, in one form of each letter."""
     if line.isascii():
         return line.casefold().strip()
-    plain = unicodedata.normalize("NFKC", line).casefold()
+    plain = unicodedata.normalize("NFKD", line).casefold()  # apart, or an accent would be part of its letter
     return "".join(sign for sign in plain if unicodedata.category(sign) not in _UNSEEN and sign not in _BLANK).strip()
 
 

@@ -62,8 +62,8 @@ def _with(asked: Asked, result: Score | Missing) -> Score | Missing:
 
 
 def read_text(section: ReadOutSection, text: str) -> Score | Missing:
-    """The score of what a judge wrote: its own continuation alone, so that nothing it was shown can stand for it. What it
-    thought before it answered does not count.
+    """The score of what a judge wrote: its own continuation alone, so that nothing it was shown can stand for it, and
+    nothing that it thought before it answered.
     """
     _, closed, answer = text.rpartition(THINK_CLOSE)
     if not closed and THINK_OPEN in answer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -25,6 +26,22 @@ def test_what_was_put_is_there_for_the_next_process(tmp_path: Path) -> None:
         assert cache.get([b"key 7", b"no such key"]) == {b"key 7": b"answer 7"}
     with closing(AnswerCache(file)) as cache:
         assert cache.get(list(MANY)) == MANY
+
+
+def test_closing_waits_for_a_reader_and_takes_it_for_no_damage(tmp_path: Path) -> None:
+    file = tmp_path / "answers.sqlite"
+    large = {f"key {n}".encode(): bytes(1000) for n in range(5000)}
+    for _ in range(5):
+        cache = AnswerCache(file)
+        cache.put(large)
+        with ThreadPoolExecutor(1) as beside:
+            read = beside.submit(cache.get, list(large))
+            cache.close()
+        assert len(read.result()) in (0, len(large))  # before it was closed or after
+    assert cache.get(list(large)) == {}
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    with closing(AnswerCache(file)) as cache:
+        assert cache.get(list(large)) == large
 
 
 WRITER = """

@@ -40,7 +40,9 @@ def in_process() -> Iterator[InProcessModel]:
     from safework_torch.main import open_judge
 
     loaded = load_config([ROOT / "configs" / "quickstart.yaml"])
-    yield InProcessModel(ServerSection(engine="in_process", model=MODEL), lambda folder: open_judge(loaded, folder))
+    yield InProcessModel(
+        ServerSection(engine="in_process", model=MODEL), lambda folder: open_judge(loaded, folder), "fp32"
+    )
 
 
 def recorded(file: Path) -> dict[str, Any]:

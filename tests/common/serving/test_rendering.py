@@ -95,9 +95,24 @@ def test_a_tokenizer_adds_no_second_bos_to_a_question_with_images(tmp_path: Path
 @pytest.mark.parametrize("added", ["{bos} $A", "$A {eos}", "{bos} $A {eos}"])
 def test_sglang_is_not_asked_what_its_tokenizer_would_add_tokens_to(tmp_path: Path, added: str) -> None:
     seen = seen_by(tmp_path, INTERNVL, added)
-    with pytest.raises(ConfigError, match="puts tokens around each text"):
+    with pytest.raises(ConfigError, match="cannot be asked about images"):
         sglang.generate("judge", seen, 4)
     assert vllm.generate("judge", seen, 4).payload["messages"] == seen.turns
+
+
+@pytest.mark.parametrize("family", ["qwen", "llama3", "deepseek", "mistral"])
+def test_a_template_of_texts_alone_has_no_place_for_images(tmp_path: Path, family: str) -> None:
+    seen = seen_by(tmp_path, FAMILIES[family], "$A")
+    with pytest.raises(ConfigError, match="has no place for them"):
+        sglang.generate("judge", seen, 4)
+    assert vllm.generate("judge", seen, 4).payload["messages"] == seen.turns
+
+
+def test_a_template_that_opens_a_think_block_is_refused(renderers: dict[str, Renderer]) -> None:
+    for name in ("qwen", "llama3", "internvl"):
+        renderers[name].refuse_reasoning()
+    with pytest.raises(ConfigError, match="opens a think block"):
+        renderers["deepseek"].refuse_reasoning()
 
 
 def _frame_count(token: str) -> int:

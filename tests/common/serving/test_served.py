@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 from aiohttp import web
+from safetensors.numpy import save_file
 
 from common.config.launching import shaping_options, shaping_variables
 from common.config.servers import ServerSection
+from common.data.model_folder import engine_path
 from common.serving.model import Image, Question
 from common.serving.served import ServedModel, ServerError
 from common.types import Missing
 from tests.common.serving.stand_in import Vllm, stand_in
 from tests.common.serving.test_http import closed_port
-from tests.tiny import make_tokenizer
+from tests.tiny import make_model, make_tokenizer
 
 QUESTION = Question("Judge.", ("Is this good?",))
 
@@ -56,6 +58,18 @@ def test_a_model_with_outputs_at_every_token_is_asked_for_those_of_the_last(tmp_
     np.testing.assert_array_equal(np.asarray(head.value), np.float32([0.25, -1.0]))
     ((path, payload),) = vllm.asked
     assert path == "/pooling" and payload["use_activation"] is False
+
+
+def test_a_server_that_loaded_another_head_is_refused(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    head = tmp_path / "head.safetensors"
+    save_file({"score.weight": np.zeros((2, 48), np.float32)}, head)
+    folder = engine_path(str(model), str(head))
+    with stand_in(Vllm(root=folder)) as url, served(model, url, head=str(head)) as opened:
+        assert opened.identity.startswith(f"judge from {folder}")
+    refusal = pytest.raises(ServerError, match=r"loaded /models/judge, and servers\.safety\.head asks for")
+    with stand_in(Vllm()) as url, refusal, served(model, url, head=str(head)):
+        pass
 
 
 def test_an_older_server_is_asked_by_its_route_of_token_ids(tmp_path: Path) -> None:
