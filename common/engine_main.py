@@ -61,7 +61,8 @@ def run_verb(engine: Engine, words: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped at once; what was done since the last checkpoint is lost.", file=sys.stderr)
+        lost = "; what was done since the last checkpoint is lost" if words[:1] == ["train"] else ""
+        print(f"stopped at once{lost}.", file=sys.stderr)
         return INTERRUPTED
     finally:
         _part_from_lost_readers()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -162,3 +163,43 @@ def _open_wandb(config: RunConfig) -> Wandb | None:
             f"metrics.wandb = {config.metrics.wandb!r}: W&B could not be opened ({error}). "
             "Set WANDB_API_KEY in the environment, or metrics.wandb to offline or off."
         ) from None
+
+
+class CountingProgress:
+    """How far the scoring of so many `things` is, of which `done` were scored before: a bar on a terminal, a line a
+    chunk elsewhere; with the rate and the time left. Use as a context.
+    """
+
+    def __init__(self, console: UnwatchedConsole, things: str, done: int, total: int) -> None:
+        self._console, self._things, self._before, self._total = console, things, done, total
+        self._done = done
+        self._progress = Progress(
+            TextColumn(things),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            speed_estimate_period=3600,  # chunks are far between
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=total, completed=done, rate="")
+
+    def __enter__(self) -> CountingProgress:
+        self._started = time.perf_counter()
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def advance(self, count: int, missing: int) -> None:
+        """Show that so many more are done; `missing`: scores that are missing so far."""
+        self._done += count
+        rate = (self._done - self._before) / (time.perf_counter() - self._started)
+        said = f"{rate:.1f} {self._things}/s, {missing} missing"
+        self._progress.update(self._task, completed=self._done, rate=said)
+        if not self._console.is_terminal:
+            left = (self._total - self._done) / rate / 60
+            self._console.print(f"{self._done}/{self._total}  {said}, left {left:.1f} min", highlight=False)

@@ -45,8 +45,8 @@ def train(loaded: LoadedConfig, open_trainer: OpenTrainer, open_judge: OpenJudge
         trainer = open_trainer(loaded, policy, reference)
         sampler = RolloutSampler(trainer, chat, config.rollout, config.run.seed)
         with closing(data.recipe), Interrupt("step") as interrupt, Reporter(config, start.step) as reporter:
-            if start.step:
-                reporter.say(f"{run_dir.path}: resuming after step {start.step}")
+            begun = f"resuming after step {start.step}" if start.step else "beginning"
+            reporter.say(f"{run_dir.path}: {begun}, {config.run.steps} steps on {config.backend.name}")
             state = Loop(config, trainer, data, sampler, run_dir, reporter, interrupt).run()
         if state.step < config.run.steps:
             done = (

@@ -103,7 +103,7 @@ def _family_result(gains: Sequence[float | None]) -> FamilyResult:
 def table(report: Report) -> Table:
     """The results for a person, the worst family of each judge first."""
     shown = Table("judge", "family", title="score gained by attacks on judges")
-    for column in ("mean gain", "largest", "cases", "missing"):
+    for column in ("mean gain", "largest", "answers", "missing"):
         shown.add_column(column, justify="right")
     for name, judge in report.judges.items():
         base = f"{judge.base_score:.3f}"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
-
-from rich.console import Console
 
 from common.attack.cases import Case, base, labels_by_judge, read_cases, suitable
 from common.attack.families import FAMILIES
@@ -25,12 +24,16 @@ from common.config.judging import JudgeSection
 from common.config.load import LoadedConfig
 from common.config.section import ConfigError
 from common.config.sentences import sentence
+from common.interrupt import INTERRUPTED, Interrupt
+from common.reporting import CountingProgress, UnwatchedConsole
 from common.rewards.judges.judge import Judge
 from common.rewards.scorer import ScoreMissing
 from common.rewards.threads import Verifying
 from common.serving.in_process import OpenJudge
 from common.serving.servers import Servers
 from common.types import Missing, Score
+
+_AT_ONCE = 64  # answers of each judge
 
 
 class Options(NamedTuple):
@@ -52,7 +55,8 @@ class Response(NamedTuple):
 
 
 def attack(loaded: LoadedConfig, open_judge: OpenJudge, options: Options) -> int:
-    """Attack the judges of a config, print the table and write the report; returns the exit status.
+    """Attack the judges of a config, print the table and write the report; returns the exit status. A signal ends it
+    without a report.
 
     Raises ConfigError for a judge or a file that cannot be used, and, once the report is written, for a family that
     gains more than the config allows; ScoreMissing for a judge that scores none of its base cases.
@@ -69,6 +73,9 @@ def attack(loaded: LoadedConfig, open_judge: OpenJudge, options: Options) -> int
         sections = {name: loaded.config.rewards.judges[name] for name in chosen}
         judges = {name: Judge(name, section, servers.open(section.server)) for name, section in sections.items()}
         attempts = _attempts(judges, chosen, loaded.config.rewards.deadline_s)
+    if attempts is None:
+        print("stopped; no report was written", file=sys.stderr)
+        return INTERRUPTED
     labels = labels_by_judge(loaded.config.rewards)
     report = Report(
         cases=loaded.config.rewards.attack_cases,
@@ -76,7 +83,7 @@ def attack(loaded: LoadedConfig, open_judge: OpenJudge, options: Options) -> int
         judges={name: _result(judge, labels[name], attempts[name]) for name, judge in judges.items()},
         attempts=[attempt for those in attempts.values() for attempt in those],
     )
-    console = Console()
+    console = UnwatchedConsole()
     console.print(table(report))
     write_report(report, out)
     console.print(f"{out}: {len(report.attempts)} attempts", highlight=False, markup=False, soft_wrap=True)
@@ -116,11 +123,26 @@ def _no_cases(loaded: LoadedConfig, name: str, labels: Sequence[str], judge: Jud
     return sentence("rewards.attack_cases", path, loaded.origin("rewards.attack_cases"), problem)
 
 
-def _attempts(judges: dict[str, Judge], chosen: dict[str, list[Case]], deadline_s: float) -> dict[str, list[Attempt]]:
-    """Every judge's attempts, scored by all judges side by side."""
+def _attempts(
+    judges: dict[str, Judge], chosen: dict[str, list[Case]], deadline_s: float
+) -> dict[str, list[Attempt]] | None:
+    """Every judge's attempts, scored by all judges side by side; None where a signal came first."""
     responses = {name: list(_responses(judge.section, chosen[name])) for name, judge in judges.items()}
     samples = {name: [each.case.sample(each.text) for each in those] for name, those in responses.items()}
-    scores = Verifying(judges, deadline_s).results(samples)
+    verifying, total = Verifying(judges, deadline_s), sum(map(len, samples.values()))
+    scores: dict[str, list[Score | Missing]] = {name: [] for name in judges}
+    with (
+        Interrupt("part of the attack") as interrupt,
+        CountingProgress(UnwatchedConsole(), "answers", 0, total) as shown,
+    ):
+        for start in range(0, max(map(len, samples.values())), _AT_ONCE):
+            if interrupt.requested:
+                return None
+            part = verifying.results({name: those[start : start + _AT_ONCE] for name, those in samples.items()})
+            for name, found in part.items():
+                scores[name] += found
+            missing = sum(isinstance(score, Missing) for those in scores.values() for score in those)
+            shown.advance(sum(map(len, part.values())), missing)
     return {name: attempts(name, responses[name], scores[name]) for name in judges}
 
 

@@ -79,7 +79,8 @@ class Reader:
         return Entry(prompt.id, sample, self._expected(record, prompt.label), {})
 
     def _expected(self, record: dict[str, Any], label: str) -> Mapping[str, Expected]:
-        return expected_values(record, label, self._loaded.config.rewards)
+        rewards = self._loaded.config.rewards
+        return expected_values(record, label, rewards) if label in rewards.recipe else {}  # which is refused later
 
     def _transcript(self, record: dict[str, Any], prompt: Prompt) -> Transcript:
         text, token_ids = record["response"], record.get("token_ids")

@@ -11,13 +11,12 @@ from pathlib import Path
 
 from common.config import ConfigError, LoadedConfig
 from common.interrupt import INTERRUPTED, Interrupt
-from common.reporting import UnwatchedConsole
+from common.reporting import CountingProgress, UnwatchedConsole
 from common.rewards.recipe import Recipe
 from common.rewards.scorer import ScoreMissing, Scorer, what_is_missing
 from common.run_dir import not_written
 from common.scoring.entries import Entry, Reader
 from common.scoring.naming import Naming
-from common.scoring.progress import ScoringProgress
 from common.scoring.scores_file import Line, Name, ScoresFile, one_of_each
 from common.scoring.summary import Summary, summarise
 from common.scoring.tables import tables
@@ -81,7 +80,7 @@ def _score_all(scorer: Scorer, entries: Sequence[Entry], names: Sequence[Name], 
         if len(left) < len(lines):
             known = f"{out}: {len(lines) - len(left)} of {len(lines)} records are scored already"
             console.print(known, markup=False, soft_wrap=True)
-        with ScoringProgress(console, len(lines) - len(left), len(lines)) as progress:
+        with CountingProgress(console, "records", len(lines) - len(left), len(lines)) as progress:
             missing = 0
             for start in range(0, len(left), CHUNK):
                 if interrupt.requested:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from common.attack.families import FAMILIES
-from tests.runs import safework, write_records
+from tests.runs import safework, start, write_records
 from tests.tiny import make_classifier, make_model
 from tests.training import write_run
 
@@ -23,8 +25,9 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a judge that writes, one that compares, and a think-aware head; data for one of them."""
     folder = tmp_path_factory.mktemp("attacked")
     data = write_records(folder / "value.jsonl", [{"id": "1", "label": "value", "prompt": "Why?"}])
-    model = make_model(folder / "lm", num_hidden_layers=1)
-    head = make_classifier(folder / "head", classes=2, num_hidden_layers=1)
+    sizes = {"num_hidden_layers": 1, "max_position_embeddings": 16384}  # a token a byte, and some attacks are long
+    model = make_model(folder / "lm", **sizes)
+    head = make_classifier(folder / "head", classes=2, **sizes)
     labels = {"type": "labels", "verdicts": {"good": 1.0, "bad": 0.0}}
     return write_run(
         folder,
@@ -100,7 +103,8 @@ def test_both_engines_find_the_same(reports: dict[str, dict[str, Any]]) -> None:
     for left, right in zip(ours, theirs, strict=True):
         assert left["response"] == right["response"]
         assert left["score"] == pytest.approx(right["score"], abs=1e-4)
-    assert reports["torch"]["judges"]["value"]["model"] == reports["jax"]["judges"]["value"]["model"]
+    names = [reports[engine]["judges"]["value"]["model"] for engine in ENGINES]
+    assert names[0] == names[1].replace(" in float32 of jax,", " in float32 of torch,")
 
 
 def test_attack_then_check(run_file: Path) -> None:
@@ -118,9 +122,23 @@ def test_attack_then_check(run_file: Path) -> None:
     passed = safework("check", run_file, "rewards.max_attack_gain=1.0")
     assert passed.returncode == 0, passed.stderr
     assert "ready to train" in passed.stdout
+    other = safework("check", run_file, "rewards.max_attack_gain=1.0", "backend.dtype=bfloat16")
+    assert "judge 'value' asked another model when it was attacked" in other.stderr
     assert safework("attack", run_file, "--judge", "value", "--samples", "1").returncode == 0
     few = safework("check", run_file, "rewards.max_attack_gain=1.0")
     assert "judge 'value' was shown 1 of its 16 cases" in few.stderr
+
+
+def test_a_signal_ends_an_attack_without_a_report(run_file: Path) -> None:
+    out = run_file.parent / "stopped.json"
+    process = start("common.cli", "attack", run_file, "--judge", "value", "--out", out)
+    assert process.stdout is not None
+    assert re.match(r"64/\d+  [\d.]+ answers/s, 0 missing, left [\d.]+ min", process.stdout.readline())
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert error.splitlines()[-1] == "stopped; no report was written"
+    assert not out.exists()
 
 
 def test_a_judge_that_writes_no_grade_stops_the_attack(run_file: Path) -> None:
