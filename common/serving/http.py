@@ -259,10 +259,7 @@ class Replicas:
                 body = await response.read()
         except TimeoutError:
             raise _Worthwhile(f"{where} did not reply within {limit_s:.3g} s") from None
-        except (
-            aiohttp.ClientError,
-            UnicodeError,
-        ) as error:  # the latter of names that no resolver takes, redirected to
+        except (aiohttp.ClientError, UnicodeError) as error:  # the latter of a redirection to what is no name
             raise _Worthwhile(f"{where}: {str(error) or type(error).__name__}") from None
         if response.status in _RETRIED:
             raise _Worthwhile(f"{where} said HTTP {response.status}: {_shown(body)}")

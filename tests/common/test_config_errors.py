@@ -259,6 +259,31 @@ def test_gates_that_may_be_negative_are_refused(verifier: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
+    ("gates", "terms", "problem"),
+    [
+        ("[good, good]", "{good: 1}", "would multiply by it twice"),
+        ("[good]", "{good: 1, long: 1}", "the term 'long' may score below 0"),
+    ],
+)
+def test_gates_that_would_pay_the_worse_answer_are_refused(
+    gates: str, terms: str, problem: str, tmp_path: Path
+) -> None:
+    verifiers = "{good: {rule: format}, long: {rule: overlong, options: {max_length: 9, buffer: 3}}}"
+    text = message(tmp_path, f"rewards: {{verifiers: {verifiers}, recipe: {{l: {terms}}}, gates: {{l: {gates}}}}}")
+    assert "rewards.gates.l = [" in text and problem in text
+
+
+@pytest.mark.parametrize(
+    "launch",
+    ['options: ["a\\0b"]', 'environment: {X: "a\\0b"}', "environment: {A=B: x}", 'environment: {X: "\\uD800"}'],
+)
+def test_words_that_no_process_can_be_given_are_refused(launch: str, tmp_path: Path) -> None:
+    table = f"{{engine: vllm, model: m, urls: ['http://a'], launch: {{python: p, {launch}}}}}"
+    text = message(tmp_path, f"servers: {{s: {table}}}")
+    assert text.startswith("servers.s.launch") and "Correct it" in text
+
+
+@pytest.mark.parametrize(
     ("line", "start", "end"),
     [
         ("{type: gspo, aggregation: token_mean}", "loss.aggregation = 'token_mean'", "Set it to sequence_mean, or"),

@@ -14,7 +14,9 @@ from common.rewards.rules import measures
 from common.serving.model import Image, Question
 from common.types import Message, Prompt
 
-FORM = 2  # raised when a sample's question changes with the same judge: scores of before are then of another one
+# Raised when a sample's question, or what is read from its answer, changes with the same judge: scores of before are
+# then of another one.
+FORM = 3
 _KEPT = 64
 _ROLES = {"en": {"user": "User", "assistant": "Assistant"}, "zh": {"user": "用户", "assistant": "助手"}}
 

@@ -68,6 +68,8 @@ def test_too_few_scores_are_refused() -> None:
     [
         ("nowhere.at.all:f", "cannot be imported"),
         (f"{OWN}:missing_one", "has no 'missing_one'"),
+        (":f", "names no module"),
+        (".own:f", "names no module"),
         (f"{OWN}:__doc__", "is not a callable object. Name a function"),
         ("builtins:max", "no signature found for builtin <built-in function max>. Name a function"),
     ],

@@ -154,6 +154,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "opened": (PLAIN | {"opened": "yes"}, "'opened' must be true or false"),
     "tokens": (PLAIN | {"token_ids": [1, -1]}, "'token_ids' must be a list of token ids"),
     "expected": (PLAIN | {"expected": "Safe"}, "'expected' must be an object of verifier: verdict or number"),
+    "huge": (PLAIN | {"label": "safety", "expected": {"safety": 10**400}}, "that is beyond 1e+100"),
     "another's verdict": (
         PLAIN | {"verdict": "good"},
         "expects the verdict 'good' of 'safety': choose one of 'Safe', 'Unsafe', 'Refusal'",
