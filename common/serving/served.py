@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +62,20 @@ def served_weights(name: str, section: ServerSection, expected: str, url: str, r
             f"server {name} at {url} serves {served!r}, and servers.{name} names {expected!r}. "
             "Set served_name to what it is called there, or start the right model."
         )
-    # vLLM calls a model what it was told to; the folder with a head has a name of its own, wherever it was copied to.
-    if (
-        section.head is not None
-        and (folder := Path(engine_path(section.model, section.head)).name) != Path(weights).name
-    ):
+    loaded = served if section.engine == "sglang" else weights  # vLLM calls a model whatever it was told to
+    folder = None if section.head is None else _head_folder(section.model, section.head)
+    if folder is not None and Path(loaded).name != folder:
         raise ServerError(
-            f"server {name} at {url} loaded {weights}, and servers.{name}.head asks for the folder {folder}. Start it "
+            f"server {name} at {url} loaded {loaded}, and servers.{name}.head asks for the folder {folder}. Start it "
             "by safework serve, or from a copy of that folder of this name."
         )
     return f"{served} from {weights}"
+
+
+@lru_cache  # each batch of questions asks again
+def _head_folder(model: str, head: str) -> str:
+    """The name of the folder of a model with a head, which it has wherever it was copied to."""
+    return Path(engine_path(model, head)).name
 
 
 class ServedModel:

@@ -20,7 +20,7 @@ from common.data.model_folder import engine_path
 from common.serving.model import Image, Question
 from common.serving.served import ServedModel, ServerError
 from common.types import Missing
-from tests.common.serving.stand_in import Vllm, stand_in
+from tests.common.serving.stand_in import Handler, Vllm, stand_in
 from tests.common.serving.test_http import closed_port
 from tests.tiny import make_model, make_tokenizer
 
@@ -69,6 +69,26 @@ def test_a_server_that_loaded_another_head_is_refused(tmp_path: Path) -> None:
         assert opened.identity.startswith(f"judge from {folder}")
     refusal = pytest.raises(ServerError, match=r"loaded /models/judge, and servers\.safety\.head asks for")
     with stand_in(Vllm()) as url, refusal, served(model, url, head=str(head)):
+        pass
+
+
+def test_a_head_behind_sglang_is_known_by_the_folder_that_was_loaded(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    head = tmp_path / "head.safetensors"
+    save_file({"score.weight": np.zeros((2, 48), np.float32)}, head)
+    section = {"engine": "sglang", "model": str(model), "head": str(head)}
+
+    def telling(path: str) -> Handler:
+        async def tell(request: web.Request) -> web.Response:
+            return web.json_response({"model_path": path, "weight_version": "default"})
+
+        return tell
+
+    folder = engine_path(str(model), str(head))
+    with stand_in(telling(folder)) as url, served(model, url, served_name=None, **section) as opened:
+        assert opened.identity.startswith(f"{folder} from default through sglang")
+    refusal = pytest.raises(ServerError, match=r"servers\.safety\.head asks for the folder model-with-head-")
+    with stand_in(telling("/other")) as url, refusal, served(model, url, served_name="/other", **section):
         pass
 
 
