@@ -67,7 +67,7 @@ def test_every_rung_passes_over_20_replayed_steps(model_type: str, tmp_path: Pat
 
 
 def test_a_failed_ladder_is_a_failed_command(tmp_path: Path) -> None:
-    """Logits of size 1000 cannot agree within 1e-4 in fp32."""
+    """Logits of size 1000 cannot agree in fp32; on which rung that shows depends on the processor."""
     model = make_model(tmp_path / "model", num_hidden_layers=1)
     weights = load_file(model / "model.safetensors")
     save_file(
@@ -75,10 +75,11 @@ def test_a_failed_ladder_is_a_failed_command(tmp_path: Path) -> None:
     )
     done = safework("parity", write_run(tmp_path, model), "--steps", "1", "--out", tmp_path / "parity.json")
     assert done.returncode == 1
-    assert "FAILED: " in done.stdout and "logprob difference" in done.stdout
     certificate = json.loads((tmp_path / "parity.json").read_text())
     assert certificate["passed"] is False
-    assert not next(rung for rung in certificate["rungs"] if rung["name"] == "logprob difference")["passed"]
+    failed = [rung["name"] for rung in certificate["rungs"] if not rung["passed"]]
+    assert failed
+    assert f"FAILED: {', '.join(failed)}" in " ".join(done.stdout.split())
 
 
 def test_a_full_disk_is_said_with_another_place_for_the_files(tmp_path: Path) -> None:
