@@ -33,8 +33,8 @@ _HARMLESS_VARIABLE = re.compile(
 )
 _OPTION = re.compile(r"--?[A-Za-z]")  # -1 is a value
 _NAME_ENDS = re.compile(r"[=.\s]")
-_SECRET = re.compile(r"((key|passw(or)?d|secret|credential|authorization)s?|token)$", re.IGNORECASE)
-_PASSWORD = re.compile(r"://[^/\s]*@")
+SECRET = re.compile(r"((key|passw(or)?d|secret|credential|authorization)s?|token)$", re.IGNORECASE)
+PASSWORD = re.compile(r"://[^/\s]*@")
 
 
 def shaping_options(words: Iterable[str]) -> list[str]:
@@ -83,8 +83,8 @@ class LaunchSection(Section):
     @model_validator(mode="after")
     def _no_secrets(self) -> LaunchSection:
         named = [_name(word) for word in self.options if _OPTION.match(word)] + list(self.environment)
-        secret = next((name for name in named if _SECRET.search(name)), None)
-        if secret is None and any(_PASSWORD.search(word) for word in (*self.options, *self.environment.values())):
+        secret = next((name for name in named if SECRET.search(name)), None)
+        if secret is None and any(PASSWORD.search(word) for word in (*self.options, *self.environment.values())):
             secret = "the password of an address"
         if secret is not None:
             raise ValueError(

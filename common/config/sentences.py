@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import NoneType
@@ -12,6 +11,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from common.config.launching import PASSWORD, SECRET
 from common.config.merge import DEFAULT
 from common.config.section import ConfigError
 
@@ -35,8 +35,6 @@ _WORDS = {
 }
 _ADDRESSES = "urls"
 _SECRETIVE = ("options", "environment")  # of a launch table: words for a program
-_PASSWORD = re.compile(r"://[^/\s]*@")
-_SECRET = re.compile(r"((key|passw(or)?d|secret|credential|authorization)s?|token)$", re.IGNORECASE)
 _LONGEST_VALUE = 200
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -71,7 +69,7 @@ def shown(value: Any) -> str:
     """A config value as a person would recognise it, cut when it is long, without passwords and keys."""
     value = _without_secrets(value)
     text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
-    text = _PASSWORD.sub("://…@", text)
+    text = PASSWORD.sub("://…@", text)
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
 
 
@@ -85,7 +83,7 @@ def _is_public(key: str, value: Any) -> bool:
     """Whether what stands under a key may be repeated. An address may that holds nothing but a place."""
     if key == _ADDRESSES:
         return isinstance(value, str) and not set("@?") & set(value)
-    return not value or (key not in _SECRETIVE and not _SECRET.search(key))
+    return not value or (key not in _SECRETIVE and not SECRET.search(key))
 
 
 def unknown_key(key: str, origin: str, known: list[str]) -> str:
