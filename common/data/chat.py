@@ -12,7 +12,7 @@ import os
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -146,13 +146,16 @@ class Chat:
 
     def render_images(self, turns: Sequence[dict[str, Any]]) -> str | None:
         """As `render`, of turns whose content may be a list of texts and images; None for a template of texts alone."""
+        return self.render(turns) if self._renders_images else None
+
+    @cached_property
+    def _renders_images(self) -> bool:
         sample = [{"type": "text", "text": "?"}, {"type": "image"}]
         try:
             one, two = (self.render([{"role": "user", "content": content}]) for content in (sample, sample * 2))
         except (ConfigError, TypeError):
-            return None
-        # Some would print the list itself.
-        return None if "'type'" in one or one == two else self.render(turns)
+            return False
+        return "'type'" not in one and one != two  # some print the list itself
 
     def without_added(self, text: str) -> str | None:
         """A rendered text less what the tokenizer puts around any text by itself (a first bos), for servers that let it

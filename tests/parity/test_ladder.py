@@ -67,7 +67,7 @@ def test_every_rung_passes_over_20_replayed_steps(model_type: str, tmp_path: Pat
 
 
 def test_a_failed_ladder_is_a_failed_command(tmp_path: Path) -> None:
-    """Logits that are large by an addend they share cannot agree in fp32, on any processor, and leave every token likely."""
+    """Logits with a large addend in common cannot agree in fp32, on any processor, and leave every token likely."""
     model = make_model(tmp_path / "model", num_hidden_layers=1)
     weights = load_file(model / "model.safetensors")
     save_file(
