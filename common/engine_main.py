@@ -29,16 +29,20 @@ from common.scoring.score import Job, score
 from common.serving.in_process import OpenJudge
 from common.serving.model import LocalJudge
 from common.serving.served import ServerError
+from common.team import ProcessesParted, Team
 from common.trainer import NonFiniteUpdate
 from common.training import train
 
 # What the user can mend, said in a sentence; anything else is ours and keeps its traceback.
-USER_ERRORS = (ConfigError, NotSaved, ScoreMissing, ServerError, NonFiniteUpdate)
+USER_ERRORS = (ConfigError, NotSaved, ProcessesParted, ScoreMissing, ServerError, NonFiniteUpdate)
 
 
 class Engine(NamedTuple):
-    """How an engine's program opens its policy and the models of judges in process."""
+    """How an engine's program joins the other processes of a run, and opens its policy and the models of judges in
+    process.
+    """
 
+    open_team: Callable[[float], Team]
     open_trainer: OpenTrainer
     open_judge: Callable[[LoadedConfig, Path], LocalJudge]
 
@@ -81,7 +85,8 @@ def _run(engine: Engine, words: Sequence[str]) -> int:
     match words:
         case ["train", *config]:
             loaded, command = _load(config), f"safework train {shlex.join(config)}"
-            return train(loaded, engine.open_trainer, engine.judge_opener(loaded), command)
+            with engine.open_team(loaded.config.run.deadline_s) as team:
+                return train(loaded, engine.open_trainer, engine.judge_opener(loaded), team, command)
         case ["attack", options, *config]:
             loaded = _load(config)
             return attack(loaded, engine.judge_opener(loaded), Options(*json.loads(options)))

@@ -13,13 +13,13 @@ from common.algorithms.schedule import learning_rate
 from common.config.run import RunConfig
 from common.data.batching import train_batches, with_old_logprobs
 from common.experiment import Data
-from common.interrupt import Interrupt
 from common.metrics import Timer, rollout_metrics, rollout_records, update_metrics
 from common.reporting import Reporter
 from common.rewards.scorer import Scored, ScoredGroup, Scorer, labels, score_arrays
 from common.rewards.tally import Tally
 from common.rollout.sampler import Draw, RolloutSampler, Stream
-from common.run_dir import LoopState, RunDir
+from common.run_dir import LoopState
+from common.team_run import TeamRun
 from common.trainer import NonFiniteUpdate, PolicyTrainer
 from common.types import RolloutGroup, TrainBatch
 
@@ -38,7 +38,10 @@ class Collected:
 
 
 class Loop:
-    """GRPO over one trainer. `run` goes from the newest checkpoint to `run.steps`."""
+    """GRPO over one trainer. `run` goes from the newest checkpoint to `run.steps`.
+
+    Every process of a team runs it, on the same prompts, and decides the same.
+    """
 
     def __init__(
         self,
@@ -46,34 +49,33 @@ class Loop:
         trainer: PolicyTrainer,
         data: Data,
         sampler: RolloutSampler,
-        run_dir: RunDir,
+        scorer: Scorer,
+        run: TeamRun,
         reporter: Reporter,
-        interrupt: Interrupt,
     ) -> None:
         self._config = config
         self._trainer = trainer
         self._data = data
         self._sampler = sampler
-        self._scorer = Scorer(data.recipe, config.rewards)
-        self._run_dir = run_dir
+        self._scorer = scorer
+        self._run = run
         self._reporter = reporter
-        self._interrupt = interrupt
 
     def run(self) -> LoopState:
         """Train to the end or to an interrupt, from the newest checkpoint; returns the state that was saved last."""
         state = self._resume()
         if state.step == 0 and self._config.evaluation.at_ends:
             self._evaluate(state)
-        stopping = self._interrupt.requested
+        stopping = self._run.stopping()
         while state.step < self._config.run.steps and not stopping:
             state = self._step(state)
             last = state.step == self._config.run.steps
             if self._is_due(self._config.evaluation.every, state.step) or (last and self._config.evaluation.at_ends):
                 self._evaluate(state)
             # Read once, so that no signal can end the loop between the question and the save.
-            stopping = self._interrupt.requested
+            stopping = self._run.stopping()
             if self._is_due(self._config.checkpoint.every, state.step) or last or stopping:
-                self._run_dir.save(state, self._trainer.save, self._config.checkpoint.keep)
+                self._run.save(state, self._trainer.save)
         return state
 
     @staticmethod
@@ -81,10 +83,9 @@ class Loop:
         return every > 0 and step % every == 0
 
     def _resume(self) -> LoopState:
-        state = self._run_dir.state()
-        self._run_dir.rewind_records(state)
+        state, checkpoint = self._run.resume()
         if state.step:
-            self._trainer.restore(self._run_dir.checkpoint(state.step))
+            self._trainer.restore(checkpoint)
         return replace(state, data=self._data.digests)
 
     def _step(self, state: LoopState) -> LoopState:
@@ -93,7 +94,7 @@ class Loop:
         with timer("update"):
             credit, batches = self._credit(collected)
             updates = self._update(state, [self._with_references(batch) for batch in batches])
-        self._run_dir.append("rollouts.jsonl", rollout_records(state.step, collected.groups, credit, collected.kept))
+        self._run.record("rollouts.jsonl", rollout_records(state.step, collected.groups, credit, collected.kept))
         metrics = {
             "step": state.step,
             **rollout_metrics(collected.groups, collected.kept, collected.tallies),
@@ -101,7 +102,7 @@ class Loop:
             **timer.metrics(_response_tokens(collected.groups)),
             "memory/peak_gib": self._trainer.peak_memory_gib(),
         }
-        self._run_dir.append("metrics.jsonl", [metrics])
+        self._run.record("metrics.jsonl", [metrics])
         self._reporter.step(metrics, collected.groups)
         if not updates:
             self._reporter.say(
@@ -188,7 +189,7 @@ class Loop:
             try:
                 results.append(self._trainer.update(batch, rate))
             except NonFiniteUpdate as error:
-                path = self._run_dir.save_batch(batch, state.step)
+                path = self._run.keep_batch(batch, state.step)
                 raise NonFiniteUpdate(
                     f"step {state.step}: {error} The optimizer did not take this update; its batch is in {path}. "
                     "Look for outliers there, or start another run.dir with a lower optimizer.learning_rate or "
@@ -207,7 +208,7 @@ class Loop:
             **rollout_metrics(scored.groups, every, scored.tallies),
             "time/evaluation_s": time.perf_counter() - started,
         }
-        self._run_dir.append("evaluation.jsonl", [metrics])
+        self._run.record("evaluation.jsonl", [metrics])
         self._reporter.evaluation(metrics)
 
 

@@ -53,12 +53,12 @@ class UnwatchedConsole(Console):
 
 
 class Reporter:
-    """Console and W&B output of one run. Use as a context."""
+    """Console and W&B output of one run; none at all where `shown` is off. Use as a context."""
 
-    def __init__(self, config: RunConfig, first_step: int) -> None:
+    def __init__(self, config: RunConfig, first_step: int, shown: bool) -> None:
         self._config = config
-        self._console = UnwatchedConsole()
-        self._wandb = _open_wandb(config)
+        self._console = UnwatchedConsole(quiet=not shown)
+        self._wandb = _open_wandb(config) if shown else None
         self._training_s, self._first = 0.0, first_step
         self._progress = Progress(
             TextColumn("steps"),

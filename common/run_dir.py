@@ -18,7 +18,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
@@ -75,6 +76,7 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.config = self.path / "config.yaml"
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._claimed: int | None = None
 
     def claim(self) -> bool:
         """Keep every other process from training here until `close` or the end of this one, however it ends; False
@@ -94,7 +96,9 @@ class RunDir:
 
     def close(self) -> None:
         """Give back what `claim` took."""
-        os.close(self._claimed)
+        if self._claimed is not None:
+            os.close(self._claimed)
+            self._claimed = None
 
     def saved_steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
@@ -104,6 +108,10 @@ class RunDir:
     def checkpoint(self, step: int) -> Path:
         """The folder of a complete checkpoint."""
         return self.checkpoints / f"step-{step:06d}"
+
+    def unfinished(self, step: int) -> Path:
+        """The folder of a checkpoint before it is complete, and when it goes."""
+        return self.checkpoint(step).with_suffix(".partial")
 
     def state(self) -> LoopState:
         """The loop state of the newest complete checkpoint, or that of a run not yet begun."""
@@ -144,15 +152,18 @@ class RunDir:
             partial.unlink(missing_ok=True)
             raise self._not_saved(self.config, error) from error
 
-    def save_batch(self, batch: TrainBatch, step: int) -> Path:
-        """Keep a batch that could not be trained on, as an .npz of its arrays; returns the file. Raises NotSaved."""
-        path = self.path / f"failed-batch-step-{step:06d}.npz"
+    def failed_batch(self, step: int) -> Path:
+        """Where `save_batch` puts a step's batch."""
+        return self.path / f"failed-batch-step-{step:06d}.npz"
+
+    def save_batch(self, batch: TrainBatch, step: int) -> None:
+        """Keep a batch that could not be trained on, as an .npz of its arrays. Raises NotSaved."""
+        path = self.failed_batch(step)
         arrays = {name: array for name, array in vars(batch).items() if array is not None}
         try:
             np.savez_compressed(path, **arrays)
         except OSError as error:
             raise self._not_saved(path, error) from error
-        return path
 
     def append(self, name: str, records: Iterable[dict[str, Any]]) -> None:
         """Add lines to a record file. Raises NotSaved."""
@@ -164,13 +175,20 @@ class RunDir:
         except OSError as error:
             raise self._not_saved(path, error) from error
 
+    @contextmanager
+    def saving(self, step: int) -> Iterator[Path]:
+        """The folder that another process makes for a checkpoint, to write into. Raises NotSaved."""
+        try:
+            yield self.unfinished(step)
+        except OSError as error:
+            raise self._not_saved(self.checkpoint(step), error) from error
+
     def save(self, state: LoopState, write_engine: Callable[[Path], None], keep: int) -> None:
         """Write a complete checkpoint of the loop state and whatever `write_engine` puts into the folder it is given.
 
         Raises NotSaved and leaves every earlier checkpoint as it was.
         """
-        final = self.checkpoint(state.step)
-        partial = final.with_suffix(".partial")
+        final, partial = self.checkpoint(state.step), self.unfinished(state.step)
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
@@ -186,7 +204,7 @@ class RunDir:
             raise self._not_saved(final, error) from error
         for step in self.saved_steps()[:-keep]:
             # Renamed first: a folder that is half gone must not look complete.
-            old = self.checkpoint(step).rename(self.checkpoint(step).with_suffix(".partial"))
+            old = self.checkpoint(step).rename(self.unfinished(step))
             shutil.rmtree(old, ignore_errors=True)
 
     def _not_saved(self, path: Path, error: OSError) -> NotSaved:

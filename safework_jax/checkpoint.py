@@ -13,15 +13,15 @@ import optax
 
 from common.state_files import TrainingState, read_state, write_state
 from safework_jax.models.decoder.names import is_stacked, tensor_names
-from safework_jax.sharding import parameter_path
+from safework_jax.sharding import host, parameter_path, place
 
 
 def named(tree: Any, num_layers: int) -> dict[str, np.ndarray]:
     """A parameter-shaped tree as host arrays under Hugging Face names, without copies where the device is the host."""
     arrays: dict[str, np.ndarray] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        text, host = parameter_path(path), np.asarray(leaf)
-        parts = host if is_stacked(text) else [host]
+        text, whole = parameter_path(path), host(leaf)
+        parts = whole if is_stacked(text) else [whole]
         arrays |= dict(zip(tensor_names(text, num_layers), parts, strict=True))
     return arrays
 
@@ -32,15 +32,18 @@ def stacked(arrays: Mapping[str, np.ndarray], like: Any, num_layers: int) -> Any
     def leaf(path: tuple[Any, ...], target: jax.Array) -> jax.Array:
         text = parameter_path(path)
         parts = [arrays[name] for name in tensor_names(text, num_layers)]
-        return jax.device_put(np.stack(parts) if is_stacked(text) else parts[0], target.sharding)
+        return place(np.stack(parts) if is_stacked(text) else parts[0], target.sharding)
 
     return jax.tree_util.tree_map_with_path(leaf, like)
 
 
 def save_state(params: Any, moments: optax.ScaleByAdamState, num_layers: int, folder: Path) -> None:
-    """Write parameters and AdamW moments into a folder. Raises OSError when the disk does."""
-    first, second = named(moments.mu, num_layers), named(moments.nu, num_layers)
-    write_state(TrainingState(named(params, num_layers), first, second, int(np.asarray(moments.count))), folder)
+    """Write parameters and AdamW moments into a folder: every process gives its shards, the first one writes. Raises
+    OSError when the disk does.
+    """
+    weights, first, second = (named(tree, num_layers) for tree in (params, moments.mu, moments.nu))
+    if jax.process_index() == 0:
+        write_state(TrainingState(weights, first, second, int(np.asarray(moments.count))), folder)
 
 
 def restore_state(params: Any, num_layers: int, folder: Path) -> tuple[Any, optax.ScaleByAdamState]:

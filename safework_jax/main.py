@@ -14,7 +14,8 @@ from common.config import LoadedConfig
 from common.engine_main import Engine, run_verb
 from safework_jax.config import JaxSection
 from safework_jax.judging import JaxJudge
-from safework_jax.sharding import make_mesh
+from safework_jax.processes import open_team
+from safework_jax.sharding import make_mesh, own_mesh
 from safework_jax.trainer import JaxTrainer
 
 
@@ -27,10 +28,13 @@ def open_trainer(loaded: LoadedConfig, policy: Path, reference: Path | None) -> 
 
 
 def open_judge(loaded: LoadedConfig, folder: Path) -> JaxJudge:
-    """A model that judges ask, in the dtype of the run, over the same devices as the policy."""
+    """A model that judges ask, in the dtype of the run, over the same devices as the policy; in a team, where each host
+    asks its own questions, on the process's first.
+    """
     _prepare(loaded)
     assert isinstance(loaded.engine, JaxSection)
-    return JaxJudge(folder, loaded.config.backend.dtype, make_mesh(loaded.engine.fsdp))
+    mesh = make_mesh(loaded.engine.fsdp) if jax.process_count() == 1 else own_mesh()
+    return JaxJudge(folder, loaded.config.backend.dtype, mesh)
 
 
 def _prepare(loaded: LoadedConfig) -> None:
@@ -42,4 +46,4 @@ def _prepare(loaded: LoadedConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_verb(Engine(open_trainer, open_judge), sys.argv[1:]))
+    sys.exit(run_verb(Engine(open_team, open_trainer, open_judge), sys.argv[1:]))

@@ -19,6 +19,7 @@ from common.trainer import Response, Sampling, SamplingPrompt
 from safework_jax.models.decoder.cache import Cache, decode, expand_cache, prefill, unstack_layers
 from safework_jax.models.decoder.config import DecoderConfig
 from safework_jax.models.decoder.text import KeyValues, Params, head_weight
+from safework_jax.sharding import host
 from safework_jax.token_choice import choose
 
 PROMPT_STEP = 64
@@ -83,11 +84,11 @@ class _Chunk:
             self._params, self._config, self._first, self._uniforms[self._request, 0], self._sampling
         )
         for step in range(self._sampling.max_new_tokens):
-            running = self._record(step, np.asarray(chosen), np.asarray(logprob), running)
+            running = self._record(step, host(chosen), host(logprob), running)
             if not running.any() or step + 1 == self._sampling.max_new_tokens:
                 break
             if _row_count(int(running.sum())) < len(running):
-                chosen, running = self._compact(np.asarray(chosen), running)
+                chosen, running = self._compact(host(chosen), running)
             chosen, logprob, self._cache = _advance(
                 self._params,
                 self._layers,

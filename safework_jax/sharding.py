@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from common.config import ConfigError
 
@@ -31,7 +33,21 @@ def make_mesh(fsdp: int) -> Mesh:
             f"backend.jax.fsdp = {fsdp}: only {len(devices)} devices are visible ({devices[0].platform}). "
             "Lower it, or run on more devices."
         )
-    return jax.make_mesh((1, fsdp, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:fsdp])
+    if jax.process_count() > 1 and len(devices) != fsdp:
+        raise ConfigError(
+            f"backend.jax.fsdp = {fsdp}: the processes of this run have {len(devices)} devices, and must use them all. "
+            f"Set it to {len(devices)}."
+        )
+    return _mesh_over(devices[:fsdp])
+
+
+def own_mesh() -> Mesh:
+    """The first device of this process alone."""
+    return _mesh_over(jax.local_devices()[:1])
+
+
+def _mesh_over(devices: Sequence[Any]) -> Mesh:
+    return jax.make_mesh((1, len(devices), 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def parameter_path(path: tuple[Any, ...]) -> str:
@@ -51,9 +67,21 @@ def place_parameter(path: str, array: np.ndarray, mesh: Mesh) -> jax.Array:
                 f"backend.jax.{axis} = {mesh.shape[axis]}: does not divide {path} of shape {array.shape}. "
                 f"Choose a number of devices that divides {size}."
             )
-    return jax.device_put(array, NamedSharding(mesh, spec))
+    return place(array, NamedSharding(mesh, spec))
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
     """Batch arrays [B ...] are split by rows."""
     return NamedSharding(mesh, ROWS)
+
+
+def place(array: np.ndarray, sharding: Sharding) -> jax.Array:
+    """An array that every process has whole, laid out over the devices of all."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def host(array: jax.Array) -> np.ndarray:
+    """All of an array, on every process; without a copy where the device is the host. All must ask at the same time."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)

@@ -24,7 +24,7 @@ from safework_jax.model import load_model
 from safework_jax.models.decoder.config import DecoderConfig
 from safework_jax.models.decoder.text import Params, Remat, head_weight, hidden_states
 from safework_jax.sampling import sample
-from safework_jax.sharding import make_mesh, place_parameter, rows_sharding
+from safework_jax.sharding import host, make_mesh, place, place_parameter, rows_sharding
 from safework_jax.token_logprobs import token_logprobs
 
 Arrays = dict[str, jax.Array]
@@ -92,15 +92,14 @@ class JaxTrainer:
             assert self._reference is not None, "loss.kl_coef is 0, so no reference was loaded"
             program, params = self._program_for(self._reference[0]), self._reference[1]
         parts = [_logprobs(params, rows, program)[0] for rows in self._microbatches(batch)]
-        return np.concatenate([np.asarray(part) for part in parts])
+        return np.concatenate([host(part) for part in parts])
 
     def _microbatches(self, batch: TrainBatch) -> Iterator[Arrays]:
         """The batch's arrays on the mesh, `rows_per_microbatch` rows at a time."""
-        size = self._config.batch.rows_per_microbatch
+        size, sharding = self._config.batch.rows_per_microbatch, rows_sharding(self._mesh)
         arrays = {name: array for name, array in vars(batch).items() if array is not None}
         for start in range(0, len(batch.token_ids), size):
-            rows = {name: array[start : start + size] for name, array in arrays.items()}
-            yield jax.device_put(rows, rows_sharding(self._mesh))
+            yield {name: place(array[start : start + size], sharding) for name, array in arrays.items()}
 
     def sample(self, prompts: Sequence[SamplingPrompt], sampling: Sampling) -> list[list[Response]]:
         """Responses from the embedded sampler; see PolicyTrainer."""

@@ -11,16 +11,22 @@ from torch import Tensor
 
 from common.state_files import TrainingState, read_state, write_state
 from safework_torch.optimizer import AdamW
+from safework_torch.processes import own_rows
+from safework_torch.sharding import full, shard_like
 
 
 def save_state(optimizer: AdamW, folder: Path) -> None:
-    """Write parameters and AdamW moments into a folder. Raises OSError when the disk does."""
-    first, second = _host(optimizer.first_moment), _host(optimizer.second_moment)
-    write_state(TrainingState(_host(optimizer.named), first, second, optimizer.steps), folder)
+    """Write parameters and AdamW moments into a folder: every process gives its shards, the first one writes. Raises
+    OSError when the disk does.
+    """
+    tensors = (optimizer.named, optimizer.first_moment, optimizer.second_moment)
+    weights, first, second = map(_host, tensors)
+    if own_rows().number == 0:
+        write_state(TrainingState(weights, first, second, optimizer.steps), folder)
 
 
 def _host(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
+    return {name: full(tensor.detach()).cpu().numpy() for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
@@ -33,5 +39,5 @@ def restore_state(optimizer: AdamW, folder: Path) -> None:
         (optimizer.second_moment, state.second_moment),
     ):
         for name, tensor in targets.items():
-            tensor.copy_(torch.from_numpy(arrays[name]))
+            tensor.copy_(shard_like(torch.from_numpy(arrays[name]).to(tensor.device), tensor))
     optimizer.steps = state.optimizer_steps

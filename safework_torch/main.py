@@ -13,6 +13,7 @@ from common.config import LoadedConfig
 from common.engine_main import Engine, run_verb
 from safework_torch.config import TorchSection
 from safework_torch.judging import TorchJudge
+from safework_torch.processes import open_team
 from safework_torch.trainer import TorchTrainer
 
 
@@ -40,4 +41,4 @@ def _prepare(loaded: LoadedConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_verb(Engine(open_trainer, open_judge), sys.argv[1:]))
+    sys.exit(run_verb(Engine(open_team, open_trainer, open_judge), sys.argv[1:]))

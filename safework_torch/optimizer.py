@@ -7,22 +7,28 @@ are one sum and are rounded once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from common.config.method import OptimizerConfig
+from safework_torch.processes import gather_objects
+from safework_torch.sharding import local
 
 # Elements updated at a time on a CPU: with all arrays of a slice in cache, memory is crossed once instead of ten times.
 CPU_SLICE = 1 << 16
 
 
 class AdamW:
-    """fp32 moments for each named parameter, and the number of steps taken."""
+    """fp32 moments for each named parameter, and the number of steps taken. Where parameters lie in shards, so do their
+    moments; copies: how often each shard is there among the processes of the run.
+    """
 
-    def __init__(self, named: Mapping[str, nn.Parameter], config: OptimizerConfig) -> None:
+    def __init__(self, named: Mapping[str, nn.Parameter], config: OptimizerConfig, copies: int = 1) -> None:
         self._config = config
+        self._copies = copies
         self.named = dict(named)
         self.first_moment = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
         self.second_moment = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
@@ -33,8 +39,9 @@ class AdamW:
 
         Row by row first: one fp32 sum over the 28 million elements of an embedding is off by a thousandth on a CPU.
         """
-        rows = (torch.linalg.vector_norm(_gradient(parameter), dim=-1) for parameter in self.named.values())
-        return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(row) for row in rows])))
+        rows = (torch.linalg.vector_norm(local(_gradient(parameter)), dim=-1) for parameter in self.named.values())
+        own = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(row) for row in rows]))
+        return math.hypot(*gather_objects(float(own))) / math.sqrt(self._copies)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -48,7 +55,7 @@ class AdamW:
         scale = min(1.0, self._config.clip_norm / norm) if norm > 0 else 1.0
         for name, parameter in self.named.items():
             decay = self._config.weight_decay if parameter.ndim >= 2 else 0.0
-            arrays = (parameter, _gradient(parameter), self.first_moment[name], self.second_moment[name])
+            arrays = map(local, (parameter, _gradient(parameter), self.first_moment[name], self.second_moment[name]))
             size = CPU_SLICE if parameter.device.type == "cpu" else parameter.numel()
             for p, g, m, v in zip(*(array.view(-1).split(size) for array in arrays), strict=True):
                 self._step_slice(p, g * scale, m, v, decay, learning_rate)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Literal
 
@@ -14,31 +15,45 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from common.algorithms.objective import Sums, TokenArrays, add_sums, objective, update_record
-from common.config import LossConfig, RunConfig
+from common.config import ConfigError, LossConfig, RunConfig
 from common.trainer import NonFiniteUpdate, Response, Sampling, SamplingPrompt
 from common.types import TrainBatch
 from safework_torch.checkpoint import restore_state, save_state
 from safework_torch.config import TorchSection
 from safework_torch.model import head, hidden_states, load_model, recompute
 from safework_torch.optimizer import AdamW
+from safework_torch.processes import gather_objects, gather_rows, own_rows
 from safework_torch.sampling import sample
+from safework_torch.sharding import Whole, full, shard_like
 from safework_torch.token_logprobs import token_logprobs
 
 
 class TorchTrainer:
-    """A Hugging Face causal LM with fp32 master weights on one device, its AdamW state, and the reference model."""
+    """A Hugging Face causal LM with fp32 master weights, its AdamW state, and the reference model; on one device, or
+    over all processes of the run, each with a device of its own and its share of every micro-batch's rows.
+    """
 
     def __init__(self, config: RunConfig, section: TorchSection, policy: Path, reference: Path | None) -> None:
         self._config = config
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._rows = own_rows()
+        if config.batch.rows_per_microbatch % self._rows.shares:
+            raise ConfigError(
+                f"batch.rows_per_microbatch = {config.batch.rows_per_microbatch}: does not divide over the "
+                f"{self._rows.shares} processes of this run. Choose a multiple of {self._rows.shares}."
+            )
         self._dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.backend.dtype]
-        self._policy = load_model(policy, self._device)
-        recompute(self._policy, config.backend.recompute)
+        model = load_model(policy, self._device)
+        recompute(model, config.backend.recompute)
         if section.compile:
-            for layer in self._policy.model.layers:
+            for layer in model.model.layers:
                 layer.compile()
-        self._reference = None if reference is None else load_model(reference, self._device).requires_grad_(False)
-        self._optimizer = AdamW(dict(self._policy.named_parameters()), config.optimizer)
+        self._policy = Whole(model, section.sharding, self._dtype)
+        self._reference = None
+        if reference is not None:
+            frozen = load_model(reference, self._device).requires_grad_(False)
+            self._reference = Whole(frozen, section.sharding, self._dtype)
+        self._optimizer = AdamW(dict(model.named_parameters()), config.optimizer, self._policy.copies)
 
     def update(self, batch: TrainBatch, learning_rate: float) -> dict[str, float]:
         """One optimizer step; see PolicyTrainer."""
@@ -54,30 +69,38 @@ class TorchTrainer:
     def _accumulate(self, batch: TrainBatch, loss_config: LossConfig) -> tuple[float, Sums]:
         """Sum the gradient of the whole batch into `.grad`; returns the loss and its statistics as floats."""
         total, sums = 0.0, None
-        for rows in self._microbatches(batch):
-            logprobs, entropy = self._logprobs(self._policy, rows)
+        for rows, is_last in self._microbatches(batch):
+            self._policy.begin_microbatch(is_last)
+            logprobs, entropy = self._policy(self._logprobs, rows)
             loss, part = objective(loss_config, logprobs, entropy, token_arrays(rows))
             loss.backward()
             total += float(loss.detach())
             sums = part if sums is None else add_sums(sums, part)
         assert sums is not None, "a batch has rows"
-        return total, Sums(*(float(value) for value in sums))
+        own = torch.tensor([[total, *map(float, sums)]], dtype=torch.float64)
+        parts = gather_rows(own)  # of all processes
+        sums = reduce(add_sums, (Sums(*part[1:]) for part in parts))
+        return float(parts[:, 0].sum()), Sums(*map(float, sums))
 
     @torch.no_grad()
     def logprobs(self, batch: TrainBatch, which: Literal["policy", "reference"]) -> np.ndarray:
         """float32 [B T] of the policy or the reference; see PolicyTrainer."""
         model = self._policy if which == "policy" else self._reference
         assert model is not None, "loss.kl_coef is 0, so no reference was loaded"
-        return np.concatenate([self._logprobs(model, rows)[0].cpu().numpy() for rows in self._microbatches(batch)])
+        parts = [gather_rows(model(self._logprobs, rows)[0]).cpu().numpy() for rows, _ in self._microbatches(batch)]
+        model.release()
+        return np.concatenate(parts)
 
-    def _microbatches(self, batch: TrainBatch) -> Iterator[dict[str, Tensor]]:
-        """The batch's arrays on the device, `rows_per_microbatch` rows at a time."""
-        size = self._config.batch.rows_per_microbatch
+    def _microbatches(self, batch: TrainBatch) -> Iterator[tuple[dict[str, Tensor], bool]]:
+        """This process's share of the batch's arrays, on the device, out of `rows_per_microbatch` rows at a time; and
+        whether they are the last.
+        """
+        share = self._config.batch.rows_per_microbatch // self._rows.shares
         arrays = {name: array for name, array in vars(batch).items() if array is not None}
-        for start in range(0, len(batch.token_ids), size):
-            yield {
-                name: torch.from_numpy(array[start : start + size]).to(self._device) for name, array in arrays.items()
-            }
+        starts = range(self._rows.number * share, len(batch.token_ids), share * self._rows.shares)
+        for start in starts:
+            rows = {name: torch.from_numpy(array[start : start + share]) for name, array in arrays.items()}
+            yield {name: array.to(self._device) for name, array in rows.items()}, start == starts[-1]
 
     def _logprobs(self, model: PreTrainedModel, rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         tokens = rows["token_ids"].long()
@@ -89,12 +112,17 @@ class TorchTrainer:
 
     def sample(self, prompts: Sequence[SamplingPrompt], sampling: Sampling) -> list[list[Response]]:
         """Responses from the embedded sampler; see PolicyTrainer."""
-        return sample(self._policy, prompts, sampling, self._dtype)
+        own_prompts = prompts[self._rows.number :: self._rows.shares]
+        with self._policy.gathered():
+            own = self._policy(sample, own_prompts, sampling, self._dtype)
+        parts = gather_objects(own)
+        return [parts[place % len(parts)][place // len(parts)] for place in range(len(prompts))]
 
     def named_gradients(self, batch: TrainBatch, loss: LossConfig) -> tuple[float, dict[str, np.ndarray]]:
         """Loss and gradient by Hugging Face name; see ParityTrainer."""
         value, _ = self._accumulate(batch, loss)
-        gradients = {name: p.grad.cpu().numpy() for name, p in self._optimizer.named.items() if p.grad is not None}
+        named = self._optimizer.named.items()
+        gradients = {name: full(p.grad).cpu().numpy() for name, p in named if p.grad is not None}
         self._optimizer.zero_grad()
         return value, gradients
 
@@ -110,7 +138,7 @@ class TorchTrainer:
     def apply_gradients(self, gradients: Mapping[str, np.ndarray], learning_rate: float) -> None:
         """One optimizer step from given gradients; see ParityTrainer."""
         for name, parameter in self._optimizer.named.items():
-            parameter.grad = torch.from_numpy(gradients[name]).to(self._device)
+            parameter.grad = shard_like(torch.from_numpy(gradients[name]).to(self._device), parameter)
         self._optimizer.step(self._optimizer.gradient_norm(), learning_rate)
         self._optimizer.zero_grad()
 

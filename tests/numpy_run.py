@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from common.engine_main import Engine, run_verb
 from tests.numpy_trainer import NumpyTrainer, open_judge, open_trainer
 from tests.runs import read_lines
+from tests.teams import open_team
 
 
 class Trained(NamedTuple):
@@ -43,5 +44,5 @@ def train(run_file: Path, *words: str) -> Trained:
         opened.append(open_trainer(*arguments))
         return opened[-1]
 
-    status = run_verb(Engine(open_and_keep, open_judge), ["train", str(run_file), *words])
+    status = run_verb(Engine(open_team, open_and_keep, open_judge), ["train", str(run_file), *words])
     return Trained(status, opened, run_file.parent / "run")

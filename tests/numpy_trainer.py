@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 from collections import Counter
@@ -27,6 +28,7 @@ from common.state_files import TrainingState, read_state, write_state
 from common.trainer import NonFiniteUpdate, Response, Sampling, SamplingPrompt
 from common.types import TrainBatch
 from tests.adamw import Reference as AdamW
+from tests.teams import open_team
 
 TABLE = "table"
 CLASSES = 8  # of previous tokens, by token id: few, so that a handful of responses teaches each
@@ -207,7 +209,8 @@ class NumpyTrainer:
         """Table and moments; see PolicyTrainer."""
         rule, zeros = self._optimizer, {TABLE: np.zeros_like(self.table)}
         state = TrainingState(rule.parameters, rule.first or zeros, rule.second or zeros, rule.steps)
-        write_state(state, directory)
+        if os.environ.get("RANK", "0") == "0":  # every process of a run has the same
+            write_state(state, directory)
 
     def restore(self, directory: Path) -> None:
         """What `save` wrote; see PolicyTrainer."""
@@ -259,4 +262,4 @@ def open_judge(loaded: LoadedConfig, folder: Path) -> LocalJudge:
 
 
 if __name__ == "__main__":
-    sys.exit(run_verb(Engine(open_trainer, open_judge), sys.argv[1:]))
+    sys.exit(run_verb(Engine(open_team, open_trainer, open_judge), sys.argv[1:]))

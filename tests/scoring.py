@@ -10,6 +10,7 @@ from typing import Any
 from common.engine_main import Engine, run_verb
 from tests.numpy_trainer import open_judge, open_trainer
 from tests.runs import LOWERCASE, lowercase_run, prompt
+from tests.teams import open_team
 from tests.tiny import make_classifier, make_model
 
 VERDICTS = {"Safe": 1.0, "Unsafe": 0.0, "Refusal": 0.1}
@@ -81,4 +82,6 @@ def unasked(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def score_here(run_file: Path, file: Path, out: Path, *words: str, label: str = "") -> int:
     """`score` in this process, with no engine behind it: for labels that need no model."""
-    return run_verb(Engine(open_trainer, open_judge), ["score", str(file), str(out), label, str(run_file), *words])
+    return run_verb(
+        Engine(open_team, open_trainer, open_judge), ["score", str(file), str(out), label, str(run_file), *words]
+    )

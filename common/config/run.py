@@ -14,11 +14,15 @@ from common.config.servers import ServerSection
 
 
 class RunSection(Section):
-    """Where the run lives, how long it is, and the seed of its data order and of every sampled token."""
+    """Where the run lives, how long it is, and the seed of its data order and of every sampled token.
+
+    deadline_s: seconds that the processes of a run wait for each other where they meet; then it ends, naming the late.
+    """
 
     dir: str
     steps: PositiveInt
     seed: NonNegativeInt = 0
+    deadline_s: PositiveFloat = 3600.0
 
 
 class BackendSection(Section):

@@ -13,6 +13,7 @@ from common.data.batching import train_batches
 from common.experiment import Data
 from common.rewards.scorer import Scorer, labels, score_arrays
 from common.rollout.sampler import Draw, RolloutSampler
+from common.team import alone
 from common.types import TrainBatch
 
 # Old and reference logprobs of the off-policy batches: the sampler's own, moved by N(0, NOISE), recorded once.
@@ -22,7 +23,7 @@ NOISE = 0.1
 def record(config: RunConfig, data: Data, sampler: RolloutSampler, folder: Path, num_batches: int) -> None:
     """Sample `num_batches` steps from the policy as it is and write one packed batch of each."""
     folder.mkdir(parents=True, exist_ok=True)
-    scorer = Scorer(data.recipe, config.rewards)
+    scorer = Scorer(data.recipe, config.rewards, alone())
     size = config.rollout.prompts_per_step
     for step in range(num_batches):
         draws = [Draw(place, data.train[place]) for place in range(step * size, (step + 1) * size)]

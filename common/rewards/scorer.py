@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from common.config.run import RewardsSection
 from common.rewards.recipe import Recipe
 from common.rewards.tally import Tally, tally
 from common.rewards.threads import Verifying
+from common.team import Team
 from common.types import Missing, Reward, RolloutGroup, Sample, Score
 
 Results = list[dict[str, Score | Missing]]
@@ -42,11 +44,12 @@ class Scored:
 
 
 class Scorer:
-    """Scores groups by a recipe, all verifiers at once."""
+    """Scores groups by a recipe, all verifiers at once; of a team, each host scores its share of the groups."""
 
-    def __init__(self, recipe: Recipe, section: RewardsSection) -> None:
+    def __init__(self, recipe: Recipe, section: RewardsSection, team: Team) -> None:
         self.recipe = recipe
         self._section = section
+        self._team = team
         self._verifying = Verifying(recipe.verifiers, section.deadline_s)
 
     def score(self, groups: Sequence[RolloutGroup], already: Scored = Scored()) -> Scored:
@@ -54,7 +57,8 @@ class Scorer:
 
         Raises ScoreMissing when more scores of the step are missing than allowed, or no group of it is complete.
         """
-        results = self.results([Sample(group.prompt, rollout) for group in groups for rollout in group.rollouts])
+        by_group = self._team.shared(groups, self._results_by_group, "the scores")
+        results = [result for results in by_group for result in results]
         tallies = {name: already.tallies.get(name, Tally()) + new for name, new in self._tallies(results).items()}
         scored = Scored(already.groups + self._complete(groups, results), tallies)
         lost = sum(each.missing for each in tallies.values())
@@ -66,6 +70,10 @@ class Scorer:
         if groups and not scored.groups:
             raise ScoreMissing(f"{what_is_missing(results)}. Every group lost one, so nothing is left to train on.")
         return scored
+
+    def _results_by_group(self, groups: Sequence[RolloutGroup]) -> list[Results]:
+        results = iter(self.results([Sample(group.prompt, rollout) for group in groups for rollout in group.rollouts]))
+        return [list(islice(results, len(group.rollouts))) for group in groups]
 
     def results(self, samples: Sequence[Sample]) -> Results:
         """For each sample the result of each verifier that its label asks for."""

@@ -22,6 +22,7 @@ from common.scoring.summary import Summary, summarise
 from common.scoring.tables import tables
 from common.serving.in_process import OpenJudge
 from common.serving.servers import Servers
+from common.team import alone
 from common.types import Missing
 
 CHUNK = 256
@@ -49,7 +50,7 @@ def score(loaded: LoadedConfig, open_judge: OpenJudge, job: Job) -> int:
         with closing(_recipe(loaded, open_judge, entries, job.file)) as recipe:
             naming = Naming(loaded, recipe)
             names = [naming.name(entry) for entry in entries]
-            lines = _score_all(Scorer(recipe, loaded.config.rewards), entries, names, job.out)
+            lines = _score_all(Scorer(recipe, loaded.config.rewards, alone()), entries, names, job.out)
         if None not in lines:
             _sum_up(loaded, job, entries, [line for line in lines if line is not None])
             return 0

@@ -151,7 +151,7 @@ def test_losses_refuse_what_they_would_ignore(line: str, start: str, end: str, t
         ("rewards: {verifiers: {a: {rul: 1}}}", "rewards.verifiers.a.rul", "Did you mean 'rule'?"),
         ("backend: {torch: {compil: true}}", "backend.torch.compil", "Did you mean 'compile'?"),
         ("backend: {jax: {x: 1}}", "backend.jax.x", "Known keys here: fsdp."),
-        ("run: {x: 1}", "run.x", "Known keys here: dir, seed, steps."),
+        ("run: {x: 1}", "run.x", "Known keys here: deadline_s, dir, seed, steps."),
     ],
 )
 def test_unknown_key(line: str, key: str, hint: str, tmp_path: Path) -> None:

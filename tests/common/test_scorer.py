@@ -15,6 +15,7 @@ from common.rewards.scorer import Scored, ScoreMissing, Scorer, score_arrays
 from common.rewards.tally import Tally
 from common.serving.in_process import unopened
 from common.serving.servers import Servers
+from common.team import alone
 from common.types import Message, Missing, Prompt, Rollout, RolloutGroup, Sample, Score, Span
 from tests.common.rewards.samples import rollout
 
@@ -77,7 +78,7 @@ def values(scored: Scored) -> list[list[dict[str, float]]]:
 
 
 def scorer(made: Recipe, max_missing: int = 0, **changes: Any) -> Scorer:
-    return Scorer(made, RewardsSection(verifiers={}, recipe={}, max_missing=max_missing, **changes))
+    return Scorer(made, RewardsSection(verifiers={}, recipe={}, max_missing=max_missing, **changes), alone())
 
 
 def missing(scored: Scored) -> dict[str, int]:

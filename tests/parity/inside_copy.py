@@ -29,7 +29,7 @@ def main(file: str, what: str, *words: str) -> int:
     program = import_module(f"safework_{engine}.main")
     from common.engine_main import Engine, run_verb
 
-    return run_verb(Engine(program.open_trainer, program.open_judge), ["measure", *rest])
+    return run_verb(Engine(program.open_team, program.open_trainer, program.open_judge), ["measure", *rest])
 
 
 if __name__ == "__main__":

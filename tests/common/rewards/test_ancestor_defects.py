@@ -24,6 +24,7 @@ from common.serving.http import Call, Replicas
 from common.serving.in_process import unopened
 from common.serving.served import ServedModel, ServerError
 from common.serving.servers import Servers
+from common.team import alone
 from common.types import Message, Missing, Prompt, Sample, Score
 from tests.common.rewards.samples import rollout, sample
 from tests.common.serving.stand_in import Vllm, stand_in
@@ -115,7 +116,7 @@ def recipe(folder: Path, *labels: str, **rewards: object) -> Recipe:
 
 def test_6_a_sample_goes_to_the_verifiers_of_its_label_alone(tmp_path: Path) -> None:
     made = recipe(tmp_path, "general_rule", "instruction_rule")
-    scorer = Scorer(made, load_config([write_run(tmp_path, tmp_path)]).config.rewards)
+    scorer = Scorer(made, load_config([write_run(tmp_path, tmp_path)]).config.rewards, alone())
     samples = [
         Sample(Prompt("a", "general_rule", (Message("user", "2 + 2?"),), "4"), rollout("4")),
         Sample(

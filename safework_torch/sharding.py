@@ -1,0 +1,117 @@
+"""Where the weights of a model live among the processes of a run: whole in one, in shards by FSDP2 in several.
+
+Bytes a process holds for each parameter, at N processes, R of them on one host, products in bf16 (fp32: 4 in place of
+2), without activations:
+
+    mode     between updates    during one
+    zero1    12/N               12/N + 6            gradients whole until the last micro-batch, then reduced once
+    zero2    12/N               16/N + 2            gradients reduced after each micro-batch
+    zero3    12/N               16/N + one layer    weights gathered layer by layer, forward and backward
+    hybrid   12/R               16/R + one layer    zero3 within each host, gradients summed across hosts
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+from safework_torch.config import Sharding
+
+Result = TypeVar("Result")
+
+
+class Whole(nn.Module):
+    """A model and the work with it, which every process does at the same time, or else within `gathered`."""
+
+    def __init__(self, model: PreTrainedModel, mode: Sharding, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self._mode: Sharding = mode
+        self._modules_in_shards: list[FSDPModule] = []
+        if dist.is_initialized():
+            self._shard(dtype)
+
+    @property
+    def copies(self) -> int:
+        """How often each shard is there among all processes."""
+        return _mesh(self._mode)["replica"].size() if self._modules_in_shards and self._mode == "hybrid" else 1
+
+    def _shard(self, dtype: torch.dtype) -> None:
+        placed: dict[str, Any] = {
+            "mesh": _mesh(self._mode),
+            "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+            "reshard_after_forward": self._mode in ("zero3", "hybrid"),
+        }
+        for layer in self.model.model.layers:
+            fully_shard(layer, **placed)
+        fully_shard(self, **{**placed, "reshard_after_forward": False})
+        self._modules_in_shards = [module for module in self.modules() if isinstance(module, FSDPModule)]
+        for module in self._modules_in_shards:
+            # The weights of tokens know the counts over all processes: gradients are summed, never averaged.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+    def forward(self, work: Callable[..., Result], *inputs: Any) -> Result:
+        """`work` of the model and the inputs; FSDP gathers the outermost weights around it."""
+        return work(self.model, *inputs)
+
+    def begin_microbatch(self, is_last: bool) -> None:
+        """With `zero1`, gradients are reduced in the last micro-batch of an update alone, and weights kept up to it."""
+        for module in self._modules_in_shards if self._mode == "zero1" else ():
+            module.set_requires_gradient_sync(is_last, recurse=False)
+            module.set_reshard_after_backward(is_last, recurse=False)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """All weights whole, in the dtype of products, so that each process may work on its own for a while."""
+        layers = [module for module in self._modules_in_shards if module is not self]
+        for layer in layers:
+            layer.set_reshard_after_forward(False, recurse=False)
+        for module in self._modules_in_shards:
+            module.unshard()
+        try:
+            yield
+        finally:
+            self.release()
+            for layer in layers:
+                layer.set_reshard_after_forward(self._mode in ("zero3", "hybrid"), recurse=False)
+
+    def release(self) -> None:
+        """Let go of gathered weights: after a pass without a backward one, they would outlive the next update."""
+        for module in self._modules_in_shards:
+            module.reshard()
+
+
+def _mesh(mode: Sharding) -> DeviceMesh:
+    device, count = "cuda" if torch.cuda.is_available() else "cpu", dist.get_world_size()
+    if mode != "hybrid":
+        return init_device_mesh(device, (count,), mesh_dim_names=("fsdp",))
+    each = int(os.environ["LOCAL_WORLD_SIZE"])
+    return init_device_mesh(device, (count // each, each), mesh_dim_names=("replica", "fsdp"))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a weight or gradient that this process holds; shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full(tensor: Tensor) -> Tensor:
+    """All of a weight or gradient; every process must ask at the same time."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(whole: Tensor, target: Tensor) -> Tensor:
+    """This process's part of a tensor that all have whole, laid out as `target` is."""
+    if not isinstance(target, DTensor):
+        return whole
+    return distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
