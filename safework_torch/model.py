@@ -1,31 +1,73 @@
-"""Hugging Face causal language models as this engine uses them: loading and the packed forward pass.
+"""Hugging Face causal language models as this engine uses them: loading and the forward pass over packed rows.
 
-Rows are packed: the attention mask and the positions are always explicit, never inferred.
+What the host must know of a micro-batch is worked out before it goes to the device: a question to the device, such as
+how many tokens were sampled, waits for all that it still does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from common.data.model_config import is_classifier
 from common.data.model_weights import checked_model
+from common.types import TrainBatch
+from safework_torch.attention import PACKED, Packing, packed_masks, sent
+from safework_torch.token_logprobs import token_logprobs
 
-# Families that may mix full and sliding-window layers, and take one mask for each kind.
-_MIXING_FAMILIES = ("qwen2", "qwen3")
+Recompute = Literal["none", "dots", "full"]
+Rotation = tuple[Tensor, Tensor]
 
 _KEPT_BY_DOTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """arrays: those of a TrainBatch by name, [B T] on the device. packing: the same on the host, for masks.
+
+    at, before, targets: int64 [N], of each sampled token its place and that of the one before it in its sequence,
+    counted through all rows, and the token itself. is_last: whether an update ends with it.
+    """
+
+    arrays: dict[str, Tensor]
+    packing: Packing
+    at: Tensor
+    before: Tensor
+    targets: Tensor
+    is_last: bool
+
+    def in_place(self, values: Tensor) -> Tensor:
+        """Values [N] of the sampled tokens -> [B T], 0 elsewhere."""
+        shape = self.arrays["sampled"].shape
+        return values.new_zeros(shape.numel()).index_put((self.at,), values).view(shape)
+
+
+def microbatch(batch: TrainBatch, rows: slice, device: torch.device, *, is_last: bool) -> Microbatch:
+    """The given rows of a batch."""
+    own = {name: array[rows] for name, array in vars(batch).items() if array is not None}
+    row, place = own["sampled"].nonzero()
+    length = own["sampled"].shape[1]
+    flat = {
+        "at": row * length + place,
+        "before": row * length + own["previous"][row, place],
+        "targets": own["token_ids"][row, place].astype(np.int64),
+    }
+    return Microbatch(
+        arrays={name: sent(array, device) for name, array in own.items()},
+        packing=Packing(own["positions"], own["segment_ids"], own["prefix_ids"]),
+        **{name: sent(array, device) for name, array in flat.items()},
+        is_last=is_last,
+    )
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -36,58 +78,58 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype = torch.fl
     hf = checked_model(folder)  # transformers makes up what a file lacks, with a log line
     kind = AutoModelForSequenceClassification if is_classifier(hf) else AutoModelForCausalLM
     transformers_logging.disable_progress_bar()
-    model: PreTrainedModel = kind.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    model: PreTrainedModel = kind.from_pretrained(folder, dtype=dtype, attn_implementation=PACKED)
     # torch gives the padding token's embedding no gradient; here padding is no token, and often the end token is.
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
     embedding.padding_idx = None
+    model.model.rotary_emb.forward = partial(_rotation, model.model.rotary_emb.forward)
     return model.train().to(device)  # pyright: ignore[reportArgumentType]  (transformers wraps Module.to)
 
 
-def recompute(model: PreTrainedModel, mode: str) -> None:
-    """Keep less for the backward pass: `none` keeps all, `dots` matrix products only, `full` layer inputs only."""
-    if mode == "none":
-        return
-    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _keep_dots)} if mode == "dots" else {}
+def _rotation(rotation_at: Callable[..., Rotation], x: Tensor, position_ids: Tensor) -> Rotation:
+    """Cosines and sines in float32, of whatever dtype `x` is: queries and keys are rotated before they are rounded."""
+    return rotation_at(x.new_empty(0, dtype=torch.float32), position_ids=position_ids)
+
+
+def prepare_layers(model: PreTrainedModel, recompute: Recompute, compiled: bool) -> None:
+    """Compile each layer, and keep less of it for the backward pass: `none` keeps all, `dots` matrix products only,
+    `full` layer inputs only. Compiled layers keep no more than `dots` does in any case.
+    """
+    settings = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn: dropout is refused
     for layer in model.model.layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, **contexts)
+        if compiled:
+            layer.forward = torch.compile(layer.forward)
+        if recompute == "full":
+            layer.forward = partial(checkpoint, layer.forward, **settings)
+        elif recompute == "dots" and not compiled:
+            contexts = partial(create_selective_checkpoint_contexts, _keep_dots)
+            layer.forward = partial(checkpoint, layer.forward, context_fn=contexts, **settings)
 
 
 def _keep_dots(_context: object, operation: object, *_args: object, **_kwargs: object) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in _KEPT_BY_DOTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def hidden_states(
-    model: PreTrainedModel, token_ids: Tensor, positions: Tensor, segment_ids: Tensor, prefix_ids: Tensor
-) -> Tensor:
-    """Final hidden states of packed rows: int [B T] four times, as in TrainBatch -> float [B T D]."""
-    masks = packed_masks(model.config, positions, segment_ids, prefix_ids)
-    output = model.model(input_ids=token_ids, position_ids=positions, attention_mask=masks, use_cache=False)
-    return output.last_hidden_state
-
-
-def packed_masks(
-    config: PreTrainedConfig, positions: Tensor, segment_ids: Tensor, prefix_ids: Tensor
-) -> Tensor | dict[str, Tensor]:
-    """Causal attention within each segment and to its prefix: bool [B 1 T T], or one for each kind of layer.
-
-    Padding is a segment of its own that attends to itself: a fully masked row would be NaN.
+def hidden_states(model: PreTrainedModel, token_ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
+    """Final hidden states of packed rows, [B T D] in the dtype of the model: token ids and positions int [B T] on its
+    device, and their packing.
     """
-    place = torch.arange(segment_ids.shape[1], device=segment_ids.device)
-    keys = segment_ids[:, None, None, :]
-    seen = (segment_ids[:, None, :, None] == keys) | (prefix_ids[:, None, :, None] == keys)
-    distance = positions[:, None, :, None] - positions[:, None, None, :]
-    return by_layer_kind(config, seen & (place[:, None] >= place), distance)
+    masks = packed_masks(model.config, packing, token_ids.device)
+    ids, places = token_ids.long(), positions.long()
+    return model.model(input_ids=ids, position_ids=places, attention_mask=masks, use_cache=False).last_hidden_state
 
 
-def by_layer_kind(config: PreTrainedConfig, full: Tensor, distance: Tensor) -> Tensor | dict[str, Tensor]:
-    """The mask in the form the family takes. distance: int, query position minus key position, as `full` broadcasts."""
-    if config.model_type not in _MIXING_FAMILIES:
-        return full
-    masks = {"full_attention": full}
-    if "sliding_attention" in config.layer_types:
-        masks["sliding_attention"] = full & (distance < config.sliding_window)
-    return masks
+def packed_logprobs(
+    model: PreTrainedModel, rows: Microbatch, temperature: float, keep_logits: bool
+) -> tuple[Tensor, Tensor]:
+    """Logprobs (differentiable) and entropies of sampled tokens, fp32 [B T], 0 elsewhere. keep_logits: in place of
+    computing them again for the backward pass.
+    """
+    hidden = hidden_states(model, rows.arrays["token_ids"], rows.arrays["positions"], rows.packing)
+    found = token_logprobs(hidden, head(model), rows.targets, rows.before, temperature, keep_logits)
+    logprobs, entropy = map(rows.in_place, found)
+    return logprobs, entropy
 
 
 def next_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:

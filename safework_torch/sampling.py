@@ -45,13 +45,12 @@ def sample(
     model: PreTrainedModel, prompts: Sequence[SamplingPrompt], sampling: Sampling, dtype: torch.dtype
 ) -> list[list[Response]]:
     """G responses for each prompt, `sampling.rows` decoded at a time; see PolicyTrainer.sample."""
-    device = model.device
     decode = DecodeStep(model, dtype)
     requests = [(index, row) for index, prompt in enumerate(prompts) for row in range(len(prompt.uniforms))]
     responses: list[list[Response]] = [[] for _ in prompts]
     # Sampling would use up the compiler's limit of programs with its many shapes, and training would run uncompiled.
     uncompiled = torch.compiler.set_stance("force_eager")
-    with uncompiled, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with uncompiled:
         for start in range(0, len(requests), sampling.rows):
             chunk = requests[start : start + sampling.rows]
             for (index, _), response in zip(chunk, _decode_chunk(model, decode, prompts, chunk, sampling), strict=True):

@@ -4,6 +4,7 @@ Bytes a process holds for each parameter, at N processes, R of them on one host,
 2), without activations:
 
     mode     between updates    during one
+    (one)    14                 18                  gradients added up in fp32; fp32: 12, 16
     zero1    12/N               12/N + 6            gradients whole until the last micro-batch, then reduced once
     zero2    12/N               16/N + 2            gradients reduced after each micro-batch
     zero3    12/N               16/N + one layer    weights gathered layer by layer, forward and backward
@@ -38,8 +39,30 @@ class Whole(nn.Module):
         self.model = model
         self._mode: Sharding = mode
         self._modules_in_shards: list[FSDPModule] = []
+        self._copies_of_masters: list[Tensor] = []
+        self.masters: dict[str, nn.Parameter]
         if dist.is_initialized():
             self._shard(dtype)
+            self.masters = dict(model.named_parameters())
+        else:
+            self.masters = self._masters(dtype)
+
+    def _masters(self, dtype: torch.dtype) -> dict[str, nn.Parameter]:
+        """The fp32 weights, by name. Products in another dtype use copies, whose gradients are added up in fp32."""
+        named = dict(self.model.named_parameters())
+        if all(weight.dtype == dtype for weight in named.values()):
+            return named
+        masters = {name: nn.Parameter(copy.data) for name, copy in named.items()}
+        for copy in named.values():
+            copy.data = copy.data.to(dtype)
+        self._copies_of_masters = [*named.values()]
+        return masters
+
+    @torch.no_grad()
+    def follow_masters(self) -> None:
+        """Bring the copies that products use up to the masters, which have changed."""
+        if self._copies_of_masters:
+            torch._foreach_copy_(self._copies_of_masters, [*self.masters.values()])  # pyright: ignore[reportPrivateImportUsage]
 
     @property
     def copies(self) -> int:
@@ -70,6 +93,16 @@ class Whole(nn.Module):
         for module in self._modules_in_shards if self._mode == "zero1" else ():
             module.set_requires_gradient_sync(is_last, recurse=False)
             module.set_reshard_after_backward(is_last, recurse=False)
+
+    def end_microbatch(self) -> None:
+        """Add the gradients of copies, which are complete for this micro-batch, to those of their masters."""
+        for copy, master in zip(self._copies_of_masters, self.masters.values(), strict=False):
+            assert copy.grad is not None, "every parameter takes part in every update"
+            if master.grad is None:
+                master.grad = copy.grad.to(master.dtype)
+            else:
+                master.grad.add_(copy.grad)
+            copy.grad = None
 
     @contextmanager
     def gathered(self) -> Iterator[None]:

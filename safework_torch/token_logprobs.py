@@ -2,70 +2,103 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Positions whose logits exist at one time: 512 x 150k vocabulary x 4 bytes = 0.3 GB.
-CHUNK = 512
+# Positions whose logits exist at one time. On a CPU they stay near its caches; a GPU wants large products, and adds up
+# the weight's gradient once a chunk: 8,192 x 150k vocabulary x 2 bytes = 2.5 GB.
+CHUNK = {"cpu": 512, "cuda": 8192}
 
 
 class _TokenLogprobs(torch.autograd.Function):
     """Chunked log-softmax of `hidden @ weight.T / temperature` at the targets, with its exact gradient.
 
-    The backward pass computes the logits again, chunk by chunk; the entropy has no gradient.
+    The backward pass computes the logits again, chunk by chunk, unless they are kept; the entropy has no gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        logprobs, entropies, normalisers = [], [], []
-        for part, target in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
-            logits = _logits(part, weight, temperature)
-            normaliser = torch.logsumexp(logits, dim=-1)
-            logprobs.append(logits.gather(-1, target[:, None])[:, 0] - normaliser)
-            logprob_all = logits.sub_(normaliser[:, None])
-            entropies.append(-(logprob_all.exp() * logprob_all).sum(dim=-1))
-            normalisers.append(normaliser)
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(normalisers))
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, keep: bool
+    ) -> tuple[Tensor, Tensor]:
+        parts, kept = [], []
+        for part, target in _chunks(hidden, targets):
+            logits = part @ weight.T
+            parts.append(_fused(_statistics, hidden.device.type)(logits, target, temperature))
+            kept += [logits] if keep else []
+        logprobs, entropy, normalisers = map(torch.cat, zip(*parts, strict=True))
+        ctx.save_for_backward(hidden, weight, targets, normalisers, *kept)
         ctx.temperature = temperature
-        entropy = torch.cat(entropies)
         ctx.mark_non_differentiable(entropy)
-        return torch.cat(logprobs), entropy
+        return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _entropy_grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
-        hidden, weight, targets, normalisers = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, _entropy_grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, targets, normalisers, *kept = ctx.saved_tensors
         hidden_grad = torch.empty_like(hidden)
-        weight_grad = torch.zeros_like(weight)
-        parts = (hidden, targets, normalisers, grad, hidden_grad)
-        for part, target, normaliser, upstream, out in zip(*(x.split(CHUNK) for x in parts), strict=True):
-            logits = _logits(part, weight, ctx.temperature)
-            # d logprob / d logits = one-hot(target) - softmax
-            slope = logits.sub_(normaliser[:, None]).exp_().mul_(-upstream[:, None])
-            slope.scatter_add_(-1, target[:, None], upstream[:, None])
-            slope = slope.mul_(1.0 / ctx.temperature).to(hidden.dtype)
-            torch.mm(slope, weight.to(hidden.dtype), out=out)
-            weight_grad += slope.T @ part
-        return hidden_grad, weight_grad, None, None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+        for index, parts in enumerate(_chunks(hidden, targets, normalisers, grad, hidden_grad)):
+            part, target, normaliser, upstream, out = parts
+            logits = kept[index] if kept else part @ weight.T
+            slope = _fused(_slope, hidden.device.type)(logits, target, normaliser, upstream, ctx.temperature)
+            torch.mm(slope, weight, out=out)
+            weight_grad += _product(slope.T, part)
+        return hidden_grad, weight_grad.to(weight.dtype), None, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    logits = (hidden @ weight.to(hidden.dtype).T).float()
-    return logits if temperature == 1.0 else logits.mul_(1.0 / temperature)
+def _chunks(*arrays: Tensor) -> Any:
+    size = CHUNK[arrays[0].device.type]
+    return zip(*(array.split(size) for array in arrays), strict=True)
+
+
+def _statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """[C V], [C] -> logprob of the target, entropy, and log of the normaliser, fp32 [C] each.
+
+    In sums that a compiler makes in two passes, of which the second is the last use of what is made on the way.
+    """
+    scaled = logits.float() / temperature
+    top = scaled.amax(dim=-1, keepdim=True)
+    below = scaled - top
+    share = below.exp()
+    mass = share.sum(dim=-1)
+    mean_below = share.mul_(below).sum(dim=-1) / mass
+    normaliser = top[:, 0] + mass.log()
+    chosen = logits.gather(-1, targets[:, None])[:, 0].float() / temperature
+    return chosen - normaliser, mass.log() - mean_below, normaliser
+
+
+def _slope(logits: Tensor, targets: Tensor, normaliser: Tensor, upstream: Tensor, temperature: float) -> Tensor:
+    """The gradient [C V] at the logits, in their place: upstream x (one-hot(target) - softmax) / temperature."""
+    softmax = (logits.float() / temperature).sub_(normaliser[:, None]).exp_()
+    factor = upstream[:, None] / temperature
+    # In fp32, before anything is rounded: where a target is nearly certain, little is left of it.
+    at_target = factor * (1.0 - softmax.gather(-1, targets[:, None]))
+    return logits.copy_(softmax.mul_(-factor)).scatter_(-1, targets[:, None], at_target.to(logits.dtype))
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in fp32, not rounded to the dtype of the factors where the device can do without."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left @ right
+
+
+@cache
+def _fused(kernel: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """On a GPU compiled: logits are read two or three times in place of ten."""
+    return torch.compile(kernel) if device == "cuda" else kernel
 
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, token_ids: Tensor, previous: Tensor, wanted: Tensor, temperature: float
+    hidden: Tensor, weight: Tensor, targets: Tensor, before: Tensor, temperature: float, keep: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Logprobs [B T] (differentiable) and entropies [B T] of the wanted tokens, fp32, 0 elsewhere.
+    """Logprobs (differentiable) and entropies of tokens, fp32 [N] each.
 
-    hidden: float [B T D]. weight: [V D]. token_ids: int [B T]. previous: int [B T], the place of the token before: the
-    value at t is predicted from there. wanted: bool [B T], False wherever a sequence starts.
+    hidden: float [B T D]. weight: [V D], in the same dtype. targets: int64 [N], the tokens. before: int64 [N], the
+    place of the one before each, counted through all rows. keep: the logits, for the backward pass.
     """
-    rows, places = wanted.nonzero(as_tuple=True)
-    values, entropy = _TokenLogprobs.apply(
-        hidden[rows, previous[rows, places]], weight, token_ids[rows, places], temperature
-    )
-    zeros = torch.zeros(wanted.shape, dtype=torch.float32, device=hidden.device)
-    return zeros.index_put((rows, places), values), zeros.index_put((rows, places), entropy)
+    # Not by indexing: its backward pass sorts.
+    return _TokenLogprobs.apply(hidden.flatten(0, 1).index_select(0, before), weight, targets, temperature, keep)

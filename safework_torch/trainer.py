@@ -18,14 +18,14 @@ from common.algorithms.objective import Sums, TokenArrays, add_sums, objective, 
 from common.config import ConfigError, LossConfig, RunConfig
 from common.trainer import NonFiniteUpdate, Response, Sampling, SamplingPrompt
 from common.types import TrainBatch
+from safework_torch.attention import fast_kernels
 from safework_torch.checkpoint import restore_state, save_state
 from safework_torch.config import TorchSection
-from safework_torch.model import head, hidden_states, load_model, recompute
+from safework_torch.model import Microbatch, load_model, microbatch, packed_logprobs, prepare_layers
 from safework_torch.optimizer import AdamW
 from safework_torch.processes import gather_objects, gather_rows, own_rows
 from safework_torch.sampling import sample
 from safework_torch.sharding import Whole, full, shard_like
-from safework_torch.token_logprobs import token_logprobs
 
 
 class TorchTrainer:
@@ -44,16 +44,13 @@ class TorchTrainer:
             )
         self._dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.backend.dtype]
         model = load_model(policy, self._device)
-        recompute(model, config.backend.recompute)
-        if section.compile:
-            for layer in model.model.layers:
-                layer.compile()
+        prepare_layers(model, config.backend.recompute, section.compile)
         self._policy = Whole(model, section.sharding, self._dtype)
         self._reference = None
         if reference is not None:
-            frozen = load_model(reference, self._device).requires_grad_(False)
+            frozen = load_model(reference, self._device, self._dtype).requires_grad_(False)
             self._reference = Whole(frozen, section.sharding, self._dtype)
-        self._optimizer = AdamW(dict(model.named_parameters()), config.optimizer, self._policy.copies)
+        self._optimizer = AdamW(self._policy.masters, config.optimizer, self._policy.copies)
 
     def update(self, batch: TrainBatch, learning_rate: float) -> dict[str, float]:
         """One optimizer step; see PolicyTrainer."""
@@ -62,22 +59,29 @@ class TorchTrainer:
         if not math.isfinite(loss) or not math.isfinite(norm):
             self._optimizer.zero_grad()
             raise NonFiniteUpdate(f"loss {loss}, gradient norm {norm}.")
+        self._step(norm, learning_rate)
+        return update_record(sums, norm)
+
+    def _step(self, norm: float, learning_rate: float) -> None:
         self._optimizer.step(norm, learning_rate)
         self._optimizer.zero_grad()
-        return update_record(sums, norm)
+        self._policy.follow_masters()
 
     def _accumulate(self, batch: TrainBatch, loss_config: LossConfig) -> tuple[float, Sums]:
         """Sum the gradient of the whole batch into `.grad`; returns the loss and its statistics as floats."""
-        total, sums = 0.0, None
-        for rows, is_last in self._microbatches(batch):
-            self._policy.begin_microbatch(is_last)
-            logprobs, entropy = self._policy(self._logprobs, rows)
-            loss, part = objective(loss_config, logprobs, entropy, token_arrays(rows))
-            loss.backward()
-            total += float(loss.detach())
+        total, sums = torch.zeros((), dtype=torch.float64, device=self._device), None
+        for rows in self._microbatches(batch):
+            self._policy.begin_microbatch(rows.is_last)
+            with fast_kernels():  # for the backward pass too, which may compute layers again
+                logprobs, entropy = self._policy(self._logprobs, rows)
+                loss, part = objective(loss_config, logprobs, entropy, token_arrays(rows.arrays))
+                loss.backward()
+            self._policy.end_microbatch()
+            total += loss.detach()
             sums = part if sums is None else add_sums(sums, part)
         assert sums is not None, "a batch has rows"
-        own = torch.tensor([[total, *map(float, sums)]], dtype=torch.float64)
+        # Only here does the host wait for the device.
+        own = torch.stack([total, *(value.to(total) for value in sums)])[None].cpu()
         parts = gather_rows(own)  # of all processes
         sums = reduce(add_sums, (Sums(*part[1:]) for part in parts))
         return float(parts[:, 0].sum()), Sums(*map(float, sums))
@@ -87,28 +91,21 @@ class TorchTrainer:
         """float32 [B T] of the policy or the reference; see PolicyTrainer."""
         model = self._policy if which == "policy" else self._reference
         assert model is not None, "loss.kl_coef is 0, so no reference was loaded"
-        parts = [gather_rows(model(self._logprobs, rows)[0]).cpu().numpy() for rows, _ in self._microbatches(batch)]
+        with fast_kernels():
+            parts = [gather_rows(model(self._logprobs, rows)[0]).cpu().numpy() for rows in self._microbatches(batch)]
         model.release()
         return np.concatenate(parts)
 
-    def _microbatches(self, batch: TrainBatch) -> Iterator[tuple[dict[str, Tensor], bool]]:
-        """This process's share of the batch's arrays, on the device, out of `rows_per_microbatch` rows at a time; and
-        whether they are the last.
-        """
+    def _microbatches(self, batch: TrainBatch) -> Iterator[Microbatch]:
+        """This process's share of the batch's rows, out of `rows_per_microbatch` at a time."""
         share = self._config.batch.rows_per_microbatch // self._rows.shares
-        arrays = {name: array for name, array in vars(batch).items() if array is not None}
         starts = range(self._rows.number * share, len(batch.token_ids), share * self._rows.shares)
         for start in starts:
-            rows = {name: torch.from_numpy(array[start : start + share]) for name, array in arrays.items()}
-            yield {name: array.to(self._device) for name, array in rows.items()}, start == starts[-1]
+            yield microbatch(batch, slice(start, start + share), self._device, is_last=start == starts[-1])
 
-    def _logprobs(self, model: PreTrainedModel, rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        tokens = rows["token_ids"].long()
-        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-            hidden = hidden_states(model, tokens, rows["positions"].long(), rows["segment_ids"], rows["prefix_ids"])
-        hidden = hidden.to(self._dtype)
-        previous, temperature = rows["previous"].long(), self._config.rollout.temperature
-        return token_logprobs(hidden, head(model), tokens, previous, rows["sampled"], temperature)
+    def _logprobs(self, model: PreTrainedModel, rows: Microbatch) -> tuple[Tensor, Tensor]:
+        config = self._config
+        return packed_logprobs(model, rows, config.rollout.temperature, config.backend.recompute == "none")
 
     def sample(self, prompts: Sequence[SamplingPrompt], sampling: Sampling) -> list[list[Response]]:
         """Responses from the embedded sampler; see PolicyTrainer."""
@@ -139,8 +136,7 @@ class TorchTrainer:
         """One optimizer step from given gradients; see ParityTrainer."""
         for name, parameter in self._optimizer.named.items():
             parameter.grad = shard_like(torch.from_numpy(gradients[name]).to(self._device), parameter)
-        self._optimizer.step(self._optimizer.gradient_norm(), learning_rate)
-        self._optimizer.zero_grad()
+        self._step(self._optimizer.gradient_norm(), learning_rate)
 
     def save(self, directory: Path) -> None:
         """Parameters and moments; see PolicyTrainer."""
@@ -149,6 +145,7 @@ class TorchTrainer:
     def restore(self, directory: Path) -> None:
         """What `save` wrote; see PolicyTrainer."""
         restore_state(self._optimizer, directory)
+        self._policy.follow_masters()
 
     def peak_memory_gib(self) -> float:
         """Peak of the CUDA allocator, or of resident memory on a CPU."""

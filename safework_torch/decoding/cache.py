@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from safework_torch.model import by_layer_kind
+from safework_torch.attention import by_layer_kind
 
 
 class KeyValueCache:
@@ -74,4 +74,8 @@ class Layout:
         real = (keys < self.shared) | (at >= self.shared)
         full = real[:, None, :] & (queries[:, None] >= keys) | (queries[:, None] == keys)
         distance = self.positions(queries)[:, :, None] - at[:, None, :]
-        return by_layer_kind(config, full[:, None], distance[:, None])
+
+        def visible(window: int | None) -> Tensor:
+            return (full if window is None else full & (distance < window))[:, None]
+
+        return by_layer_kind(config, visible)

@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.config import ConfigError
 from common.data.batching import TrainSequence
-from safework_torch.model import head, hidden_states, load_model, recompute
+from safework_torch.attention import Packing
+from safework_torch.model import head, hidden_states, load_model, prepare_layers
 from tests.training import packed, random_sequences, response_places
 
 CPU = torch.device("cpu")
@@ -84,8 +85,9 @@ def packed_logits(model: Any, rows: int = 1, **changes: bool) -> list[torch.Tens
     """Our logits [T V] of each sequence's response, out of packed rows; the last row is padding alone."""
     batch = packed(SEQUENCES, ROW_TOKENS, rows, **changes)
     fields = (batch.token_ids, batch.positions, batch.segment_ids, batch.prefix_ids)
-    tensors = [torch.from_numpy(np.concatenate([array, np.zeros_like(array[:1])])).long() for array in fields]
-    logits = hidden_states(model, *tensors) @ head(model).T
+    token_ids, *packing = (np.concatenate([array, np.zeros_like(array[:1])]) for array in fields)
+    tensors = map(torch.from_numpy, (token_ids, packing[0]))
+    logits = hidden_states(model, *tensors, Packing(*packing)) @ head(model).T
     assert torch.isfinite(logits).all()
     return [logits[row, batch.previous[row, places]] for row, places in response_places(batch, SEQUENCES)]
 
@@ -161,8 +163,9 @@ def test_sliding_window_is_really_there(folders: dict[str, Path], tmp_path: Path
 def test_padding_token_gets_its_gradient(folders: dict[str, Path]) -> None:
     model = load_model(folders["llama"], CPU)
     token_ids = torch.tensor([[3, SIZES["pad_token_id"], 5]])
-    ones = torch.ones_like(token_ids)
-    hidden_states(model, token_ids, torch.arange(3)[None], ones, ones).square().sum().backward()
+    positions, ones = np.arange(3)[None], np.ones((1, 3), np.int32)
+    packing = Packing(positions, ones, ones)
+    hidden_states(model, token_ids, torch.from_numpy(positions), packing).square().sum().backward()
     embedding = model.get_input_embeddings().weight.grad
     assert set(embedding.abs().sum(dim=1).nonzero()[:, 0].tolist()) == {3, 5, SIZES["pad_token_id"]}
 
@@ -203,7 +206,7 @@ class CountedOperations(TorchDispatchMode):
 def recomputed_gradients(folder: Path, mode: str) -> tuple[dict[str, torch.Tensor], Counter[str]]:
     """Gradients under a recompute mode, and how often each operation ran."""
     model = load_model(folder, CPU)
-    recompute(model, mode)
+    prepare_layers(model, mode, compiled=False)
     with CountedOperations() as operations:
         found = gradients(model, packed_logits(model))
     return found, operations.counts

@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 
-from safework_torch.token_logprobs import CHUNK, token_logprobs
+from safework_torch import token_logprobs
 
 DIM, VOCABULARY = 12, 57
+CHUNK = token_logprobs.CHUNK["cpu"]
 
 
 def inputs(rows: int, tokens: int) -> tuple[torch.Tensor, ...]:
@@ -27,6 +28,24 @@ def inputs(rows: int, tokens: int) -> tuple[torch.Tensor, ...]:
     previous[:, ::7] //= 2
     previous[:, 0], wanted[:, 0], wanted[0, 1] = 0, False, True
     return hidden, weight, token_ids, previous, wanted
+
+
+def chunked(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    previous: torch.Tensor,
+    wanted: torch.Tensor,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is tested, [B T] like the formula below."""
+    rows, places = wanted.nonzero(as_tuple=True)
+    before = rows * wanted.shape[1] + previous[rows, places]
+    targets = token_ids[rows, places]
+    values = token_logprobs.token_logprobs(hidden, weight, targets, before, temperature)
+    zeros = torch.zeros(wanted.shape)
+    logprobs, entropy = (zeros.index_put((rows, places), value) for value in values)
+    return logprobs, entropy
 
 
 def plain(
@@ -56,7 +75,7 @@ def test_values_and_gradients_equal_the_plain_formula(rows: int, tokens: int, te
     hidden, weight, token_ids, previous, wanted = inputs(rows, tokens)
     upstream = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
     found = []
-    for function, dtype in ((token_logprobs, torch.float32), (plain, torch.float64)):
+    for function, dtype in ((chunked, torch.float32), (plain, torch.float64)):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
         logprobs, entropy = function(*leaves, token_ids, previous, wanted, temperature)
         (logprobs * upstream).sum().backward()
@@ -73,7 +92,7 @@ def test_every_number_of_wanted_tokens_around_the_chunk_size(count: int) -> None
     hidden, weight, token_ids, previous, wanted = inputs(1, 2 * CHUNK + 10)
     wanted = torch.arange(wanted.shape[1])[None] > wanted.shape[1] - count - 1
     assert wanted.sum() == count
-    logprobs, entropy = token_logprobs(hidden, weight, token_ids, previous, wanted, 1.0)
+    logprobs, entropy = chunked(hidden, weight, token_ids, previous, wanted, 1.0)
     exact = plain(hidden.double(), weight.double(), token_ids, previous, wanted, 1.0)
     assert_close(logprobs, exact[0])
     assert_close(entropy, exact[1])
@@ -81,7 +100,7 @@ def test_every_number_of_wanted_tokens_around_the_chunk_size(count: int) -> None
 
 def test_large_logits_stay_exact() -> None:
     hidden, weight, token_ids, previous, wanted = inputs(2, 50)
-    logprobs, entropy = token_logprobs(30 * hidden, weight, token_ids, previous, wanted, 1.0)
+    logprobs, entropy = chunked(30 * hidden, weight, token_ids, previous, wanted, 1.0)
     exact = plain(30 * hidden.double(), weight.double(), token_ids, previous, wanted, 1.0)
     assert exact[0].min() < -100
     torch.testing.assert_close(logprobs.double(), exact[0], rtol=1e-5, atol=2e-4)
@@ -91,20 +110,20 @@ def test_large_logits_stay_exact() -> None:
 def test_nothing_wanted_is_zero_with_zero_gradient() -> None:
     hidden, weight, token_ids, previous, wanted = inputs(2, 9)
     hidden.requires_grad_()
-    logprobs, _ = token_logprobs(hidden, weight, token_ids, previous, torch.zeros_like(wanted), 1.0)
+    logprobs, _ = chunked(hidden, weight, token_ids, previous, torch.zeros_like(wanted), 1.0)
     logprobs.sum().backward()
     assert not logprobs.any() and not hidden.grad.any()
 
 
 def test_entropy_carries_no_gradient() -> None:
     hidden, weight, token_ids, previous, wanted = inputs(2, 9)
-    _, entropy = token_logprobs(hidden.requires_grad_(), weight, token_ids, previous, wanted, 1.0)
+    _, entropy = chunked(hidden.requires_grad_(), weight, token_ids, previous, wanted, 1.0)
     assert not entropy.requires_grad
 
 
 def test_bfloat16_hidden_states_give_fp32_logprobs() -> None:
     hidden, weight, token_ids, previous, wanted = inputs(2, 60)
-    logprobs, _ = token_logprobs(hidden.bfloat16(), weight, token_ids, previous, wanted, 1.0)
+    logprobs, _ = chunked(hidden.bfloat16(), weight.bfloat16(), token_ids, previous, wanted, 1.0)
     assert logprobs.dtype == torch.float32
     exact, _ = plain(hidden.bfloat16().double(), weight.bfloat16().double(), token_ids, previous, wanted, 1.0)
     # The product is rounded to bfloat16: 8 bits of a logit of size 10.
@@ -117,8 +136,8 @@ from safework_torch.token_logprobs import token_logprobs
 def peak(tokens, vocabulary=1 << 15):
     hidden = torch.randn((1, tokens, 8)).requires_grad_()
     weight = torch.randn((vocabulary, 8)).requires_grad_()
-    places = torch.arange(tokens)[None]
-    token_logprobs(hidden, weight, places, (places - 1).clip(min=0), places > 0, 0.7)[0].sum().backward()
+    places = torch.arange(1, tokens)
+    token_logprobs(hidden, weight, places, places - 1, 0.7)[0].sum().backward()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(-peak(600) + peak(2600))
 """
