@@ -27,6 +27,7 @@ from common.reporting import UnwatchedConsole
 from common.run_dir import RunDir, not_written
 from common.serving.fleet import serve
 from common.serving.in_process import unopened
+from common.team import alone
 
 CONFIG_HELP = "run files (YAML) and key=value overrides; later ones win"
 
@@ -169,7 +170,7 @@ def _counts(loaded: LoadedConfig) -> str:
     policy = policy_folder(loaded)
     chat = open_chat(loaded, policy)
     reference_folder(loaded, policy, chat)
-    data = load_data(loaded, chat, unopened)
+    data = load_data(loaded, chat, unopened, alone())
     refuse_untried(loaded, data.recipe)
     labels = ", ".join(data.recipe.terms)
     return f"{data.train.epoch_size} prompts an epoch, {len(data.heldout)} held out, labels: {labels}; ready to train"

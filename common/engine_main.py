@@ -14,13 +14,14 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from common.attack.trial import Options, attack
 from common.config import ConfigError, LoadedConfig, load_config
-from common.interrupt import INTERRUPTED
+from common.interrupt import INTERRUPTED, stop_at_sigterm
 from common.parity.sides import OpenTrainer, measure_side, record_batches
 from common.reporting import leave_unread
 from common.rewards.scorer import ScoreMissing
@@ -58,7 +59,8 @@ def split_arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def run_verb(engine: Engine, words: Sequence[str]) -> int:
-    """Run one verb with its words; returns the process's exit status."""
+    """Run one verb with its words; returns the process's exit status: 0, INTERRUPTED after a signal, or 1."""
+    stop_at_sigterm()
     try:
         return _run(engine, words)
     except USER_ERRORS as error:
@@ -66,7 +68,8 @@ def run_verb(engine: Engine, words: Sequence[str]) -> int:
         return 1
     except KeyboardInterrupt:
         lost = "; what was done since the last checkpoint is lost" if words[:1] == ["train"] else ""
-        print(f"stopped at once{lost}.", file=sys.stderr)
+        with suppress(BrokenPipeError):  # nobody may be reading any more
+            print(f"stopped at once{lost}.", file=sys.stderr)
         return INTERRUPTED
     finally:
         _part_from_lost_readers()

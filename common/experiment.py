@@ -20,6 +20,7 @@ from common.rollout.sampler import sampling_rule
 from common.run_dir import LoopState, RunDir
 from common.serving.in_process import OpenJudge
 from common.serving.servers import Servers
+from common.team import Team
 from common.types import Prompt
 
 
@@ -36,8 +37,9 @@ class Data:
     digests: dict[str, str]
 
 
-def load_data(loaded: LoadedConfig, chat: Chat, open_judge: OpenJudge) -> Data:
-    """Read every source, report what was left out, and check each prompt against the recipe.
+def load_data(loaded: LoadedConfig, chat: Chat, open_judge: OpenJudge, team: Team) -> Data:
+    """Read every source, report what was left out, and check each prompt against the recipe. In a team one process
+    reports, and one of each host opens the judges.
 
     Raises ConfigError for bad records, prompts or labels, naming the file, and ServerError for judges whose server
     cannot be used.
@@ -51,9 +53,9 @@ def load_data(loaded: LoadedConfig, chat: Chat, open_judge: OpenJudge) -> Data:
         return [load_source(config.data, source, length) for source in sources]
 
     train, heldout = load(config.data.train), load(config.data.heldout)
-    for source in train + heldout:
+    for source in train + heldout if team.leads else ():
         _report_left_out(source)
-    recipe = _checked_recipe(loaded, train + heldout, open_judge)
+    recipe = _checked_recipe(loaded, train + heldout, Servers(loaded, open_judge, team.feeds))
     return Data(
         train=Mixture(train, config.run.seed),
         heldout=tuple(prompt for source in heldout for prompt in source.prompts),
@@ -68,7 +70,7 @@ def _report_left_out(source: LoadedSource) -> None:
             print(f"{source.path}: {len(reasons)} {kind}, the first: {reasons[0]}", file=sys.stderr)
 
 
-def _checked_recipe(loaded: LoadedConfig, sources: Sequence[LoadedSource], open_judge: OpenJudge) -> Recipe:
+def _checked_recipe(loaded: LoadedConfig, sources: Sequence[LoadedSource], servers: Servers) -> Recipe:
     """The recipe of the labels that the data has, with every prompt accepted by the verifiers of its label."""
     rewards = loaded.config.rewards
     prompts = [(source.path, prompt) for source in sources for prompt in source.prompts]
@@ -84,7 +86,6 @@ def _checked_recipe(loaded: LoadedConfig, sources: Sequence[LoadedSource], open_
                 f"{path}: prompt {prompt.id!r} has images, and the model {loaded.config.model.path!r} reads text only. "
                 "Remove the prompt."
             )
-    servers = Servers(loaded, open_judge)
     recipe = Recipe(rewards, servers, (prompt.label for _, prompt in prompts), loaded.origin)
     for path, prompt in prompts:
         try:

@@ -12,6 +12,7 @@ import os
 import pickle
 import secrets
 import socket
+import struct
 import sys
 import threading
 import time
@@ -21,12 +22,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
+from queue import SimpleQueue
 from typing import Any, TypeVar
+
+from common.interrupt import INTERRUPTED
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _JOIN_S = 300.0  # for every process to be there
+_GREETING_S, _LOOK_S = 20.0, 0.2  # for one connection to say who it is; between two looks at who is there
+_NOWHERE = ("192.0.2.1", 9)  # an address of documentation: on the way to it stands what others reach this host by
 # A host that answers nothing is taken for dead after half a minute, whether or not it was being sent something.
 _PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}
 _LATER_S = 10.0  # by how much process 0 is given longer, which knows who is late
@@ -50,6 +56,27 @@ class Place:
         return f"process {self.index} of {self.count} ({self.host})"
 
 
+def told_place() -> Place | None:
+    """The place that the environment gives this process in the words of torchrun; None where it speaks of none.
+
+    Raises ProcessesParted when it says only half of it.
+    """
+    if "WORLD_SIZE" not in os.environ and "RANK" not in os.environ:
+        return None
+    numbers = []
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        text = os.environ.get(name, "")
+        if not text.isdecimal():
+            problem = f"is {text!r}" if text else "is not set"
+            raise ProcessesParted(
+                f"the environment speaks of several processes (WORLD_SIZE, RANK), but {name} {problem}. Start all of "
+                "them by torchrun or safework launch, or unset what is left of another start."
+            )
+        numbers.append(int(text))
+    index, count, local_index = numbers
+    return Place(index, count, local_index, socket.gethostname())
+
+
 class Team:
     """The processes of a run as each of them sees it. Use as a context, around all that they do together.
 
@@ -64,7 +91,7 @@ class Team:
         self._connections, self._deadline_s = connections, deadline_s
         self._sending = {peer: threading.Lock() for peer in connections}
         self._news = threading.Condition()
-        self.failed = False  # whether an error ended what this process did in it
+        self.status = 0  # with which this process ends, after an error in what it did with the others
         self._turn = 0
         self._said: defaultdict[int, dict[int, Any]] = defaultdict(dict)  # in process 0: turn -> index -> value
         self._heard: dict[int, list[Any]] = {}  # in the others: turn -> the values of all
@@ -77,6 +104,11 @@ class Team:
     def leads(self) -> bool:
         """Whether this process writes what is written once."""
         return self.index == 0
+
+    @property
+    def feeds(self) -> bool:
+        """Whether this process works for its host in `shared`."""
+        return self.places[self.index].local_index == 0
 
     def exchange(self, value: Any, what: str) -> list[Any]:
         """The value of every process, by index. `what` says to a person where they meet.
@@ -125,10 +157,14 @@ class Team:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if error is not None and self._connections:
             time.sleep(_NEWS_S)  # a collective fails where another process has ended: then its end is the news
-        self.failed = error is not None
         self._over.acquire()  # for good: what the others do from here on is no news to this process
-        stopped = f"{self.places[self.index]} stopped: {error or type(error).__name__}"
-        self._tell(("done", "") if error is None else ("ended", stopped))
+        if error is None:
+            self._tell(("done",))
+            return
+        stopped = isinstance(error, KeyboardInterrupt)
+        self.status = INTERRUPTED if stopped else 1
+        what = "at once, by a signal." if stopped else str(error) or type(error).__name__
+        self._tell(("ended", f"{self.places[self.index]} stopped: {what}", self.status))
 
     def _listen(self, peer: int) -> None:
         """Take in what one connection brings, until it ends."""
@@ -143,23 +179,25 @@ class Team:
                         with self._news:
                             self._heard[turn] = values
                             self._news.notify_all()
-                    case ("done", _):
+                    case ("done",):
                         self._done.add(peer)
-                    case ("ended", sentence):
-                        self._give_up(sentence)
+                    case ("ended", sentence, status):
+                        self._give_up(sentence, status)
         except (EOFError, OSError):
             if peer not in self._done:
-                self._give_up(f"{self.places[peer]} ended without a word: it was killed, crashed or cannot be reached.")
+                self._give_up(
+                    f"{self.places[peer]} ended without a word: it was killed, crashed or cannot be reached.", 1
+                )
 
-    def _give_up(self, sentence: str) -> None:
+    def _give_up(self, sentence: str, status: int) -> None:
         """End this process, wherever it is: its work cannot be finished."""
         if not self._over.acquire(blocking=False):
             return  # it is at its end already
-        self._tell(("ended", sentence))
+        self._tell(("ended", sentence, status))
         print(f"error: {sentence}", file=sys.stderr, flush=True)
-        os._exit(1)
+        os._exit(status)
 
-    def _tell(self, message: tuple[str, str]) -> None:
+    def _tell(self, message: tuple[Any, ...]) -> None:
         for peer in self._connections:
             with suppress(OSError):
                 self._send(peer, message)
@@ -179,8 +217,8 @@ def assemble(place: Place, spread: Callable[[bytes], bytes], deadline_s: float) 
     """The team of a run in several processes, each of which calls this at the same time.
 
     spread: gives every process what process 0 gave it, 1 kB at most, by whatever the engine has. The others reach
-    process 0 by `$MASTER_ADDR`, or else by the name of its host. Raises ProcessesParted when one does not come within
-    five minutes.
+    process 0 by `$MASTER_ADDR`, or else by the outward address or the name of its host. Raises ProcessesParted when one
+    does not come within five minutes.
     """
     try:
         return _gather(place, spread, deadline_s) if place.index == 0 else _join(place, spread, deadline_s)
@@ -192,31 +230,85 @@ def assemble(place: Place, spread: Callable[[bytes], bytes], deadline_s: float) 
 
 
 def _gather(place: Place, spread: Callable[[bytes], bytes], deadline_s: float) -> Team:
-    key, connections, places = secrets.token_bytes(32), {}, {0: place}
+    key = secrets.token_bytes(32)
     with socket.create_server(("", 0), backlog=place.count) as server:
-        server.settimeout(_JOIN_S)
-        host = os.environ.get("MASTER_ADDR", place.host)
-        spread(pickle.dumps((host, server.getsockname()[1], key)))
-        while len(places) < place.count:
-            connection = _connection(server.accept()[0])
-            with suppress(OSError, EOFError, AuthenticationError):  # a stranger
-                deliver_challenge(connection, key)
-                answer_challenge(connection, key)
-                other: Place = connection.recv()
-                connections[other.index], places[other.index] = connection, other
-    ordered = [places[index] for index in range(place.count)]
+        spread(pickle.dumps((_own_hosts(place), server.getsockname()[1], key)))
+        joined = _joined(server, key, place)
+    places = [place, *(joined[index][0] for index in range(1, place.count))]
+    connections = {index: connection for index, (_, connection) in joined.items()}
     for connection in connections.values():
-        connection.send(ordered)
-    return Team(ordered, 0, connections, deadline_s)
+        connection.send(places)
+    return Team(places, 0, connections, deadline_s)
+
+
+def _joined(server: socket.socket, key: bytes, place: Place) -> dict[int, tuple[Place, Connection]]:
+    """All other processes, by index. Each connection is heard in a thread of its own, so that a stranger who connects
+    and says nothing keeps nobody waiting.
+    """
+    arrived: SimpleQueue[tuple[Place, Connection]] = SimpleQueue()
+    joined: dict[int, tuple[Place, Connection]] = {}
+    server.settimeout(_LOOK_S)
+    end = time.monotonic() + _JOIN_S
+    while len(joined) < place.count - 1:
+        with suppress(TimeoutError):
+            threading.Thread(target=_greet, args=(server.accept()[0], key, arrived), daemon=True).start()
+        while not arrived.empty():
+            other, connection = arrived.get()
+            joined[other.index] = other, connection
+        if time.monotonic() > end:
+            missing = ", ".join(str(index) for index in range(1, place.count) if index not in joined)
+            raise ProcessesParted(
+                f"{place}: without {missing} after {_JOIN_S:.0f} s. See what they printed, and let the hosts "
+                "of the run reach each other on all ports."
+            )
+    return joined
+
+
+def _greet(made: socket.socket, key: bytes, arrived: SimpleQueue[tuple[Place, Connection]]) -> None:
+    """Hand on who has connected, once it has proved that it knows the key; a stranger is let go."""
+    connection = _connection(made)
+    try:
+        deliver_challenge(connection, key)
+        answer_challenge(connection, key)
+        other: Place = connection.recv()
+        _set_patience(connection, 0)
+        arrived.put((other, connection))
+    except (OSError, EOFError, AuthenticationError):
+        connection.close()
 
 
 def _join(place: Place, spread: Callable[[bytes], bytes], deadline_s: float) -> Team:
-    host, port, key = pickle.loads(spread(b""))
-    connection = _connection(socket.create_connection((host, port), _JOIN_S))
+    hosts, port, key = pickle.loads(spread(b""))
+    connection = _reached(hosts, port, key)
+    connection.send(place)
+    _set_patience(connection, 0)
+    return Team(connection.recv(), place.index, {0: connection}, deadline_s)
+
+
+def _reached(hosts: Sequence[str], port: int, key: bytes) -> Connection:
+    """A connection to process 0 by the first of its names that leads there. Raises what the last one said."""
+    *others, last = hosts
+    for host in others:
+        with suppress(OSError, EOFError, AuthenticationError):
+            return _admitted(host, port, key)
+    return _admitted(last, port, key)
+
+
+def _admitted(host: str, port: int, key: bytes) -> Connection:
+    connection = _connection(socket.create_connection((host, port), _GREETING_S))
     answer_challenge(connection, key)
     deliver_challenge(connection, key)
-    connection.send(place)
-    return Team(connection.recv(), place.index, {0: connection}, deadline_s)
+    return connection
+
+
+def _own_hosts(place: Place) -> list[str]:
+    """Names by which others may reach this host."""
+    if "MASTER_ADDR" in os.environ:
+        return [os.environ["MASTER_ADDR"]]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect(_NOWHERE)  # sends nothing, and finds the address that such a packet would leave from
+        return [probe.getsockname()[0], place.host]
+    return [place.host]
 
 
 def _connection(made: socket.socket) -> Connection:
@@ -224,4 +316,12 @@ def _connection(made: socket.socket) -> Connection:
     made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in _PROBES.items():
         made.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-    return Connection(made.detach())
+    connection = Connection(made.detach())
+    _set_patience(connection, _GREETING_S)
+    return connection
+
+
+def _set_patience(connection: Connection, seconds: float) -> None:
+    """How long one read of a connection waits at most; 0: for ever."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as made:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds), 0))

@@ -34,8 +34,9 @@ def train(loaded: LoadedConfig, open_trainer: OpenTrainer, open_judge: OpenJudge
     policy = policy_folder(loaded)
     chat = open_chat(loaded, policy)
     reference = reference_folder(loaded, policy, chat)
-    data = load_data(loaded, chat, open_judge)
-    refuse_untried(loaded, data.recipe)
+    data = load_data(loaded, chat, open_judge, team)
+    if team.leads:
+        refuse_untried(loaded, data.recipe)
     with closing(_open_run(loaded, team)) as run_dir:
         [start, *_] = team.exchange(run_dir.state(), "the state to begin from")
         if start.step >= config.run.steps:

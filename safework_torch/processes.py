@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.team import Place, ProcessesParted, Team, alone, assemble
+from common.team import ProcessesParted, Team, alone, assemble, told_place
 
 Own = TypeVar("Own")
 
@@ -21,10 +20,11 @@ def open_team(deadline_s: float) -> Team:
 
     Raises ProcessesParted when they do not find each other.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
+    place = told_place()
+    if place is None:
+        _refuse_untold_tasks()
+    if place is None or place.count == 1:
         return alone()
-    place = Place(int(os.environ["RANK"]), count, int(os.environ["LOCAL_RANK"]), socket.gethostname())
     if torch.cuda.is_available():
         torch.cuda.set_device(place.local_index)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -35,6 +35,16 @@ def open_team(deadline_s: float) -> Team:
             f"{place}: did not find process 0 on {os.environ['MASTER_ADDR']} ({str(error).splitlines()[0]})."
         ) from error
     return assemble(place, _spread, deadline_s)
+
+
+def _refuse_untold_tasks() -> None:
+    """Several tasks of srun that know nothing of each other would each train the same run."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks != "1":
+        raise ProcessesParted(
+            f"srun started {tasks} tasks, and none is told its RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and "
+            "MASTER_PORT. Let safework launch --on slurm write the job, or start one task, or torchrun in each."
+        )
 
 
 def _spread(data: bytes) -> bytes:

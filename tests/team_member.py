@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from common.interrupt import INTERRUPTED
 from common.team import ProcessesParted, Team
 from tests.teams import open_team
 
@@ -26,6 +27,8 @@ def act(team: Team, word: str) -> None:
             print(team.shared(range(7), lambda items: [(team.index, item) for item in items], "the work"), flush=True)
         case "fail":
             raise ValueError("the disk is full")
+        case "signal":
+            raise KeyboardInterrupt
         case "sleep":
             time.sleep(600)
         case "kill":
@@ -43,6 +46,8 @@ def main(words: Sequence[str]) -> int:
     except (ProcessesParted, ValueError) as error:
         print(f"own error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return 0
 
 

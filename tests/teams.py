@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.team import Place, Team, alone, assemble
+from common.team import Team, alone, assemble, told_place
 from tests.runs import DEADLINE, start
 
 BOARD = "TEST_TEAM_BOARD"  # a folder through which processes without an engine find each other
@@ -18,10 +18,9 @@ BOARD = "TEST_TEAM_BOARD"  # a folder through which processes without an engine 
 
 def open_team(deadline_s: float) -> Team:
     """The team that the environment speaks of, in the words of torchrun; alone without."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
+    place = told_place()
+    if place is None or place.count == 1:
         return alone()
-    place = Place(int(os.environ["RANK"]), count, int(os.environ["LOCAL_RANK"]), socket.gethostname())
     return assemble(place, _spread, deadline_s)
 
 

@@ -31,7 +31,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path: Path, 
     done = metric_lines(folder)
     assert saved_steps(folder) == [done]
     assert "Traceback" not in stopped.stderr
-    assert "stopping after this step (again: at once, losing it)" in stopped.stderr
+    assert "stopping after this step (Ctrl-C: at once, losing it)" in stopped.stderr
     command = f"safework train {run_file} run.steps=100000"
     assert stopped.stderr.endswith(f"stopped and saved after step {done} of 100000. To go on: {command}\n")
 
@@ -40,6 +40,28 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path: Path, 
     assert going_on.status == straight.status == 0
     assert untimed(going_on.metrics) == untimed(straight.metrics)
     assert going_on.rollouts == straight.rollouts
+
+
+def test_further_sigterms_change_nothing_and_one_before_the_loop_stops_at_once(tmp_path: Path) -> None:
+    run_file = lowercase_run(tmp_path, checkpoint={"every": 1000})
+    folder = run_file.parent / "run"
+    slow = ("evaluation.every=3", "evaluation.samples=20000")
+    with running(ENGINE, "train", run_file, "run.steps=100000", *slow) as process:
+        wait_until(lambda: metric_lines(folder) == 3, process)
+        for _ in range(3):  # of the launcher, of the scheduler, of a person
+            process.send_signal(signal.SIGTERM)
+        stopped = finish(process)
+    assert stopped.returncode == 130 and saved_steps(folder) == [3]
+
+    loading = ("run.steps=4", "evaluation.at_ends=true", "evaluation.samples=200000")
+    again = lowercase_run(tmp_path / "early")
+    with running(ENGINE, "train", again, *loading) as process:
+        wait_until((tmp_path / "early" / "run" / "config.yaml").exists, process, pause=0)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        stopped = finish(process)
+    assert stopped.returncode == 130 and "Traceback" not in stopped.stderr
 
 
 @pytest.mark.parametrize("both", [False, True], ids=["stdout", "stdout and stderr"])
@@ -69,7 +91,7 @@ def test_a_second_signal_stops_at_once_and_the_run_goes_on_from_its_checkpoint(t
         wait_until(lambda: metric_lines(folder) == 5, process)
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None
-        assert process.stderr.readline() == "stopping after this step (again: at once, losing it)\n"
+        assert process.stderr.readline() == "stopping after this step (Ctrl-C: at once, losing it)\n"
         process.send_signal(signal.SIGINT)
         stopped = finish(process)
     assert stopped.returncode == 130

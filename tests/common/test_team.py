@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
+import socket
+import threading
 import time
 from ast import literal_eval
 from pathlib import Path
 
 import pytest
 
-from common.team import alone
+from common.team import Place, ProcessesParted, Team, alone, assemble, told_place
 from tests.teams import BOARD, finished, started
 
 MEMBER = "tests.team_member"
@@ -72,3 +75,60 @@ def test_who_does_not_come_is_named(tmp_path: Path, late: int) -> None:
         assert each.returncode == 1
         assert f"process {late} of 3 (" in each.stderr
         assert "not there for the meeting after" in each.stderr and "run.deadline_s = 2" in each.stderr
+
+
+def test_a_signal_in_one_ends_all_as_interrupted(tmp_path: Path) -> None:
+    words = ("60", "meet", "1:signal", "sleep")
+    with started(3, MEMBER, *words, **{BOARD: str(tmp_path)}) as processes:
+        done = finished(processes)
+    assert [each.returncode for each in done] == [130, 130, 130]
+    assert done[0].stderr.startswith("error: process 1 of 3 (") and done[0].stderr.endswith(" by a signal.\n")
+
+
+def test_strangers_keep_nobody_waiting() -> None:
+    """One who connects first and says nothing, and one who says the wrong thing, before the other process comes."""
+    told: list[bytes] = []
+    strangers: list[socket.socket] = []
+    teams: dict[int, Team] = {}
+
+    def spread(data: bytes) -> bytes:
+        if data:
+            told.append(data)
+            hosts, port, _ = pickle.loads(data)
+            for words in (b"", b"GET / HTTP/1.1\r\n\r\n"):
+                strangers.append(socket.create_connection((hosts[-1], port)))
+                strangers[-1].sendall(words)
+            joining.start()
+        return told[0]
+
+    def join() -> None:
+        teams[1] = assemble(Place(1, 2, 1, "here"), spread, 10.0)
+
+    joining = threading.Thread(target=join)
+    begun = time.monotonic()
+    teams[0] = assemble(Place(0, 2, 0, socket.gethostname()), spread, 10.0)
+    joining.join()
+    assert time.monotonic() - begun < 5
+    assert [place.index for place in teams[0].places] == [0, 1]
+    for index in (1, 0):
+        teams[index].__exit__(None, None, None)
+    for each in strangers:
+        each.close()
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"WORLD_SIZE": "2"}, "but RANK is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "but LOCAL_RANK is not set"),
+        ({"RANK": "one", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "but RANK is 'one'"),
+    ],
+)
+def test_half_a_place_is_refused(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], sentence: str) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert told_place() is None
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ProcessesParted, match=sentence):
+        told_place()

@@ -139,7 +139,7 @@ def test_ctrl_c_keeps_the_chunk_and_says_how_to_go_on(tmp_path: Path) -> None:
         stopped = finish(process)
     assert stopped.returncode == 130
     assert "Traceback" not in stopped.stderr
-    assert "stopping after this chunk of records (again: at once, losing it)" in stopped.stderr
+    assert "stopping after this chunk of records (Ctrl-C: at once, losing it)" in stopped.stderr
     command = f"safework score {run_file} run.seed=5 {file} --out {out}"
     assert stopped.stderr.endswith(f"stopped; the records scored so far are in {out}. To go on: {command}\n")
     assert len(read_lines(out)) % 256 == 0
