@@ -22,12 +22,12 @@ from common.config.explain import explain, explain_recipe
 from common.engine_main import INTERRUPTED, USER_ERRORS, split_arguments
 from common.experiment import load_data, open_chat, policy_folder, reference_folder
 from common.export import DTYPES, export_model
+from common.launch import verb
 from common.parity.ladder import certificate, compare, table
 from common.reporting import UnwatchedConsole
 from common.run_dir import RunDir, not_written
 from common.serving.fleet import serve
 from common.serving.in_process import unopened
-from common.team import alone
 
 CONFIG_HELP = "run files (YAML) and key=value overrides; later ones win"
 
@@ -80,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     servers.add_argument("--only", metavar="NAME", help="this one of servers.* alone")
     servers.add_argument("--logs", type=Path, default=Path("servers"), help="folder of their output; default: servers/")
     servers.set_defaults(run=_serve)
+
+    cluster = verbs.add_parser("launch", help="start a run on a cluster: a job file for SLURM or GKE, or on Ray")
+    cluster.add_argument("config", nargs="+", help=CONFIG_HELP)
+    verb.add_options(cluster)
+    cluster.set_defaults(run=verb.launch)
 
     export = verbs.add_parser("export", help="write a run's newest checkpoint as a Hugging Face folder")
     export.add_argument("run_dir", type=Path, help="the folder of a run")
@@ -170,7 +175,7 @@ def _counts(loaded: LoadedConfig) -> str:
     policy = policy_folder(loaded)
     chat = open_chat(loaded, policy)
     reference_folder(loaded, policy, chat)
-    data = load_data(loaded, chat, unopened, alone())
+    data = load_data(loaded, chat, unopened)
     refuse_untried(loaded, data.recipe)
     labels = ", ".join(data.recipe.terms)
     return f"{data.train.epoch_size} prompts an epoch, {len(data.heldout)} held out, labels: {labels}; ready to train"

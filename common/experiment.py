@@ -20,7 +20,7 @@ from common.rollout.sampler import sampling_rule
 from common.run_dir import LoopState, RunDir
 from common.serving.in_process import OpenJudge
 from common.serving.servers import Servers
-from common.team import Team
+from common.team import Team, alone
 from common.types import Prompt
 
 
@@ -37,14 +37,14 @@ class Data:
     digests: dict[str, str]
 
 
-def load_data(loaded: LoadedConfig, chat: Chat, open_judge: OpenJudge, team: Team) -> Data:
+def load_data(loaded: LoadedConfig, chat: Chat, open_judge: OpenJudge, team: Team | None = None) -> Data:
     """Read every source, report what was left out, and check each prompt against the recipe. In a team one process
     reports, and one of each host opens the judges.
 
     Raises ConfigError for bad records, prompts or labels, naming the file, and ServerError for judges whose server
     cannot be used.
     """
-    config = loaded.config
+    config, team = loaded.config, team or alone()
 
     def length(prompt: Prompt) -> int:
         return len(chat.encode_prompt(prompt.messages))

@@ -1,1 +1,1 @@
-"""Starting runs on clusters: SLURM, Kubernetes, Ray."""
+"""Runs on clusters: job files for SLURM and Kubernetes, and a Ray cluster's processes."""

@@ -13,7 +13,6 @@ from common.parity.recording import record
 from common.rollout.sampler import RolloutSampler
 from common.run_dir import not_written
 from common.serving.in_process import OpenJudge
-from common.team import alone
 
 OpenTrainer = Callable[[LoadedConfig, Path, Path | None], ParityTrainer]
 
@@ -25,7 +24,7 @@ def record_batches(
     config = loaded.config
     policy = policy_folder(loaded)
     chat = open_chat(loaded, policy)
-    data = load_data(loaded, chat, open_judge, alone())
+    data = load_data(loaded, chat, open_judge)
     sampler = RolloutSampler(open_trainer(loaded, policy, None), chat, config.rollout, config.run.seed)
     with closing(data.recipe), _temporary(folder):
         record(config, data, sampler, folder, num_batches)

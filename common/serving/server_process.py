@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,14 +17,22 @@ from pathlib import Path
 GRACE_S = 30.0
 _LEFT_BEHIND_S, _KILLED_S, _COLLECTED_S, _POLL_S = 5.0, 10.0, 1.0, 0.1
 _TAIL_BYTES = 65536
+_LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 _ERROR = re.compile("error|exception", re.IGNORECASE)
 # What a terminal would obey instead of showing: colours, cursor movements, other control characters.
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
+def _end_with_parent() -> None:
+    """In the child: SIGTERM when the process that started it has ended, however that ended."""
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 class ServerProcess:
     """A server in a process group of its own, so that signals for the terminal's group are not for it, and everything
-    that it starts can be ended with it. Its output goes to `log`, which begins with the command line.
+    that it starts can be ended with it. On Linux it is sent SIGTERM when this process is killed. Its output goes to
+    `log`, which begins with the command line.
 
     Raises OSError when it cannot be started.
     """
@@ -39,6 +49,7 @@ class ServerProcess:
                 stderr=subprocess.STDOUT,
                 env=os.environ | environment,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,  # noqa: PLW1509  calls one C function and takes no lock
             )
 
     def end(self) -> str | None:

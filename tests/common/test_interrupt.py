@@ -45,7 +45,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path: Path, 
 def test_further_sigterms_change_nothing_and_one_before_the_loop_stops_at_once(tmp_path: Path) -> None:
     run_file = lowercase_run(tmp_path, checkpoint={"every": 1000})
     folder = run_file.parent / "run"
-    slow = ("evaluation.every=3", "evaluation.samples=20000")
+    slow = ("evaluation.every=3", "evaluation.samples=600")
     with running(ENGINE, "train", run_file, "run.steps=100000", *slow) as process:
         wait_until(lambda: metric_lines(folder) == 3, process)
         for _ in range(3):  # of the launcher, of the scheduler, of a person

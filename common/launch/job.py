@@ -1,0 +1,74 @@
+"""What every kind of cluster is told of a run: its config, its name, and the command of its processes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from common.config import ConfigError, LoadedConfig, load_config
+from common.config.sentences import sentence
+from common.engine_main import split_arguments
+from common.interrupt import INTERRUPTED
+from common.run_dir import not_written
+
+# A process that SIGTERM ended before it could say so has the status that a shell gives it.
+STOPPED = (INTERRUPTED, 143)
+
+
+class Job(NamedTuple):
+    """A run that a cluster is to do. words: config files and overrides, as `safework train` takes them."""
+
+    words: list[str]
+    loaded: LoadedConfig
+
+    @property
+    def name(self) -> str:
+        """The last part of `run.dir`, as names of jobs may be: lower-case letters, digits and hyphens, 40 at most."""
+        part = Path(self.loaded.config.run.dir).name.lower()
+        return re.sub(r"[^a-z0-9]+", "-", part).strip("-")[:40].strip("-") or "safework"
+
+    @property
+    def launched(self) -> list[str]:
+        """Names of the servers that have a launch table."""
+        return [name for name, section in self.loaded.config.servers.items() if section.launch is not None]
+
+    @property
+    def elsewhere(self) -> list[str]:
+        """A sentence for each server over HTTP that has none."""
+        return [
+            f"{name}: has no launch table, left to whoever starts {', '.join(section.urls)}"
+            for name, section in self.loaded.config.servers.items()
+            if section.launch is None and section.urls
+        ]
+
+    def refuse(self, key: str, problem: str) -> ConfigError:
+        """A value of the config that this cluster cannot use."""
+        value = self.loaded.config.run.dir if key == "run.dir" else self.loaded.config.backend.name
+        return ConfigError(sentence(key, value, self.loaded.origin(key), problem))
+
+
+def read_job(words: Sequence[str]) -> Job:
+    """The job of config files and overrides. Raises ConfigError."""
+    return Job(list(words), load_config(*split_arguments(words)))
+
+
+def command(*words: str) -> list[str]:
+    """The words of a `safework` command on a host that has this environment at the same path."""
+    return [sys.executable, "-m", "common.cli", *words]
+
+
+def shell(*words: str) -> str:
+    """The same as a shell reads it."""
+    return shlex.join(command(*words))
+
+
+def write_file(out: Path, text: str) -> None:
+    """Write a job file. Raises NotSaved."""
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise not_written(out, error, "start the same command again") from error
