@@ -16,11 +16,12 @@ from common.launch.watching import LaunchFailed, Member, culprit
 
 _PARTING_S = 60.0  # for the processes of a run to end with the first of them
 _STOPPING_S = 45.0  # for servers to stop
+_STARTS = 5  # of one replica
 
 
 class Ray(NamedTuple):
     """What the cluster is asked for. processes: of the trainer; 0: as many as fit. address: of the cluster; empty: that
-    of `$RAY_ADDRESS`, or else this machine alone. restarts: of each server replica, and of the trainer as a whole.
+    of `$RAY_ADDRESS`, or else this machine alone. restarts: of the trainer as a whole.
     """
 
     processes: int
@@ -37,7 +38,7 @@ def run(job: Job, asked: Ray, say: Callable[[str], None]) -> int:
     with connect(asked.address) as cluster, Interrupt("step") as interrupt:
         servers = place(cluster, server_bundles(cluster, job), "servers")
         trainers = place(cluster, trainer_bundles(cluster, job, asked.processes), "trainer processes")
-        fleet = _Fleet(job, asked.restarts, servers, say, interrupt)
+        fleet = _Fleet(job, servers, say, interrupt)
         try:
             if not fleet.bring_up():
                 return INTERRUPTED
@@ -49,10 +50,8 @@ def run(job: Job, asked: Ray, say: Callable[[str], None]) -> int:
 class _Fleet:
     """The replicas of all servers. One that ends is started again, at its address."""
 
-    def __init__(
-        self, job: Job, restarts: int, bundles: Bundles, say: Callable[[str], None], interrupt: Interrupt
-    ) -> None:
-        self._job, self._restarts, self._say, self._interrupt = job, restarts, say, interrupt
+    def __init__(self, job: Job, bundles: Bundles, say: Callable[[str], None], interrupt: Interrupt) -> None:
+        self._job, self._say, self._interrupt = job, say, interrupt
         names = [name for name in job.launched for _ in job.loaded.config.servers[name].urls]
         self._bundles, self._names = bundles, names
         self._members = [Member(f"server {name} {index}", bundles.actor(index)) for index, name in enumerate(names)]
@@ -90,8 +89,8 @@ class _Fleet:
             member.hear(self._say)
             if not member.ended:
                 continue
-            if member.starts > self._restarts:
-                raise LaunchFailed(f"{member.fault()}. It was started {member.starts} times (--restarts).")
+            if member.starts == _STARTS:
+                raise LaunchFailed(f"{member.fault()}. It was started {_STARTS} times.")
             self._say(f"{member.fault()}; starting it again")
             if member.lost:
                 member.replace(self._bundles.actor(index))

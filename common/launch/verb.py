@@ -54,7 +54,7 @@ _OPTIONS = {
     "volume": _Option(("gke",), str, None, "CLAIM:FOLDER, a volume claim and the folder at which every host sees it"),
     "processes": _Option(("ray",), _at_least_one, 0, "of the trainer; default: one a GPU, or one a host"),
     "address": _Option(("ray",), str, "", "of the cluster; default: $RAY_ADDRESS, or else this machine alone"),
-    "restarts": _Option(("gke", "ray"), _count, 3, "after failures: of each server's replica, of the trainer"),
+    "restarts": _Option(("gke", "ray"), _count, 3, "of the trainer as a whole, after failures"),
 }
 
 
