@@ -180,8 +180,7 @@ class _Training:
 def stop(members: Sequence[Member], number: int, limit_s: float, say: Callable[[str], None]) -> None:
     """Send a signal to what still runs, wait for its end, and let go of the actors."""
     for member in members:
-        if not member.ended:
-            member.signal(number)
+        member.signal(number)
     end = time.monotonic() + limit_s
     while not all(member.ended for member in members) and time.monotonic() < end:
         for member in members:

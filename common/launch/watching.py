@@ -88,8 +88,9 @@ class Member:
         self.ready = self.ready or line.startswith("ready: ")
 
     def signal(self, number: int) -> None:
-        """Send a signal to the program."""
-        self.actor.signal.remote(number)
+        """Send a signal to the program, where it runs."""
+        if not self.ended:
+            self.actor.signal.remote(number)
 
     def let_go(self) -> None:
         """End the actor."""

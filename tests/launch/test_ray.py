@@ -43,4 +43,4 @@ def test_a_replica_comes_back_and_a_dead_trainer_is_named(tmp_path: Path) -> Non
         assert programs("vllm.entrypoints.openai.api_server", **found) == []
         assert programs("safework_torch.main", RANK="0") == []
     scored = [score for record in read_lines(folder / "rollouts.jsonl") for score in record["scores"].values()]
-    assert len({score["value"] if isinstance(score, dict) else score for score in scored}) > 3
+    assert len(set(scored)) > 3  # the classifier looked at each response
