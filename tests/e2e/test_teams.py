@@ -96,13 +96,13 @@ def test_going_on_after_a_kill_equals_never_stopped(tmp_path: Path, engine: str,
         assert untimed(read_lines(folder / name)) == untimed(read_lines(tmp_path / "never" / "run" / name))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_ctrl_c_in_one_process_saves_and_stops_all(tmp_path: Path, engine: str) -> None:
+@pytest.mark.parametrize(("engine", "number"), [("torch", signal.SIGINT), ("jax", signal.SIGTERM)])
+def test_a_signal_in_one_process_saves_and_stops_all(tmp_path: Path, engine: str, number: signal.Signals) -> None:
     folder = tmp_path / "run"
     words = ("run.steps=1000", "checkpoint.every=1000", *overrides(engine, 2))
     with started(2, ENGINES[engine], "train", run_of(tmp_path, engine), *words) as processes:
         wait_until(lambda: len(read_lines(folder / "metrics.jsonl")) > 1, processes[0])
-        processes[1].send_signal(signal.SIGINT)
+        processes[1].send_signal(number)
         done = finished(processes)
     assert [each.returncode for each in done] == [130, 130], done
     [step] = saved_steps(folder)
