@@ -33,7 +33,7 @@ def open_judge(loaded: LoadedConfig, folder: Path) -> JaxJudge:
     """
     _prepare(loaded)
     assert isinstance(loaded.engine, JaxSection)
-    mesh = make_mesh(loaded.engine.fsdp) if jax.process_count() == 1 else own_mesh()
+    mesh = make_mesh(loaded.engine.mesh) if jax.process_count() == 1 else own_mesh()
     return JaxJudge(folder, loaded.config.backend.dtype, mesh)
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from common.config import ConfigError
+from safework_jax.config import MeshSection
 
 AXES = ("replica", "fsdp", "context", "tensor")
 ROWS = PartitionSpec(("replica", "fsdp"))
@@ -25,29 +26,45 @@ PLACEMENT = (
 )
 
 
-def make_mesh(fsdp: int) -> Mesh:
-    """The device mesh. Raises ConfigError when there are fewer devices than asked for."""
+def make_mesh(shape: MeshSection) -> Mesh:
+    """The mesh over all devices of the run. Raises ConfigError when there are fewer or, in a team, more."""
     devices = jax.devices()
-    if len(devices) < fsdp:
+    asked = f"backend.jax.mesh = {shape.num_devices} devices"
+    if len(devices) < shape.num_devices:
         raise ConfigError(
-            f"backend.jax.fsdp = {fsdp}: only {len(devices)} devices are visible ({devices[0].platform}). "
-            "Lower it, or run on more devices."
+            f"{asked}: only {len(devices)} devices are visible ({devices[0].platform}). "
+            "Lower an axis, or run on more devices."
         )
-    if jax.process_count() > 1 and len(devices) != fsdp:
+    if jax.process_count() > 1 and len(devices) != shape.num_devices:
         raise ConfigError(
-            f"backend.jax.fsdp = {fsdp}: the processes of this run have {len(devices)} devices, and must use them all. "
-            f"Set it to {len(devices)}."
+            f"{asked}: the processes of this run have {len(devices)} devices, and must use them all. "
+            f"Choose axes whose product is {len(devices)}."
         )
-    return _mesh_over(devices[:fsdp])
+    return mesh_over(devices[: shape.num_devices], shape)
 
 
 def own_mesh() -> Mesh:
     """The first device of this process alone."""
-    return _mesh_over(jax.local_devices()[:1])
+    return mesh_over(jax.local_devices()[:1], MeshSection())
 
 
-def _mesh_over(devices: Sequence[Any]) -> Mesh:
-    return jax.make_mesh((1, len(devices), 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+def mesh_over(devices: Sequence[Any], shape: MeshSection) -> Mesh:
+    """A mesh of this shape over as many devices, neighbours on the chips' network where the platform tells who they are.
+
+    Several slices lie along the replica axis, so that only gradients pass between them. Raises ConfigError when they
+    do not divide it.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape.shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    if shape.replica % slices:
+        raise ConfigError(
+            f"backend.jax.mesh.replica = {shape.replica}: does not divide over {slices} slices, which share no weights. "
+            f"Choose a multiple of {slices}."
+        )
+    within = (shape.replica // slices, *shape.shape[1:])
+    laid_out = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices)
+    return Mesh(laid_out, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def parameter_path(path: tuple[Any, ...]) -> str:
@@ -64,7 +81,7 @@ def place_parameter(path: str, array: np.ndarray, mesh: Mesh) -> jax.Array:
     for size, axis in zip(array.shape, spec, strict=False):
         if axis is not None and size % mesh.shape[axis]:
             raise ConfigError(
-                f"backend.jax.{axis} = {mesh.shape[axis]}: does not divide {path} of shape {array.shape}. "
+                f"backend.jax.mesh.{axis} = {mesh.shape[axis]}: does not divide {path} of shape {array.shape}. "
                 f"Choose a number of devices that divides {size}."
             )
     return place(array, NamedSharding(mesh, spec))

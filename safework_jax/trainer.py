@@ -46,7 +46,7 @@ class JaxTrainer:
     def __init__(self, config: RunConfig, section: JaxSection, policy: Path, reference: Path | None) -> None:
         self._config = config
         self._dtype = jnp.dtype(config.backend.dtype)
-        self._mesh = make_mesh(section.fsdp)
+        self._mesh = make_mesh(section.mesh)
         model, self._params = self._load(policy)
         self._program = self._program_for(model)
         self._reference = None if reference is None else self._load(reference)

@@ -83,7 +83,7 @@ VALUES = [
     Case("{data: {train: [{path: a}, {path: b, weight: 0}]}}", "data.train.1.weight", "0", "greater than 0.0. Raise"),
     Case("{rewards: {recipe: {l: {a: no}}}}", "rewards.recipe.l.a", "'no'", "must be a number. Write it"),
     Case("{backend: {torch: {compile: 1}}}", "backend.torch.compile", "1", "must be true or false. Write one"),
-    Case("{backend: {jax: {fsdp: 0}}}", "backend.jax.fsdp", "0", "must be at least 1. Raise it"),
+    Case("{backend: {jax: {mesh: {fsdp: 0}}}}", "backend.jax.mesh.fsdp", "0", "must be at least 1. Raise it"),
     Case("{loss: {kl_type: k1_loss}}", "loss.kl_type", "'k1_loss'", "only adds noise; use k2_loss"),
     Case("{loss: {kl_type: k3_reward}}", "loss.kl_type", "'k3_reward'", "training collapses; use k1_reward or k3_loss"),
     Case("{loss: {kl_type: [k1_loss]}}", "loss.kl_type", "['k1_loss']", "must be 'k1_reward', 'k2_loss', 'k3_loss'"),
@@ -109,6 +109,7 @@ CROSS_CHECKS = [
         "4096",
         "so the full penalty is never reached. Set it to ",
     ),
+    Case("{backend: {name: jax, jax: {mesh: {context: 2}}}}", "backend.jax.mesh.context", "2", "yet. Set it to 1, and"),
     Case("{rewards: {verifiers: {x: {options: {}}}}}", "rewards.verifiers.x", "{'rule': None", "Set exactly one of"),
 ]
 # What another key makes wrong is blamed on the place that set it, not on the line of the case.
@@ -150,7 +151,7 @@ def test_losses_refuse_what_they_would_ignore(line: str, start: str, end: str, t
         ("loss: {importance: {capp: 1}}", "loss.importance.capp", "Did you mean 'cap'?"),
         ("rewards: {verifiers: {a: {rul: 1}}}", "rewards.verifiers.a.rul", "Did you mean 'rule'?"),
         ("backend: {torch: {compil: true}}", "backend.torch.compil", "Did you mean 'compile'?"),
-        ("backend: {jax: {x: 1}}", "backend.jax.x", "Known keys here: fsdp."),
+        ("backend: {jax: {x: 1}}", "backend.jax.x", "Known keys here: mesh."),
         ("run: {x: 1}", "run.x", "Known keys here: deadline_s, dir, seed, steps."),
     ],
 )

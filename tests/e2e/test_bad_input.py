@@ -134,19 +134,19 @@ def test_a_folder_that_another_process_trains_in(begun: Path) -> None:
 
 
 def test_rows_that_do_not_divide_over_devices(begun: Path) -> None:
-    words = ("backend.name=jax", "backend.jax.fsdp=4", "batch.rows_per_microbatch=6", f"run.dir={begun.parent / 'jax'}")
+    words = ("backend.name=jax", "backend.jax.mesh.fsdp=4", "batch.rows_per_microbatch=6", f"run.dir={begun.parent / 'jax'}")
     for verb in ("check", "train"):
         error = said(safework(verb, begun, *words))
         assert "batch.rows_per_microbatch = 6" in error
         assert "command line" in error
-        assert "backend.jax.fsdp = 4" in error
+        assert "backend.jax.mesh.replica x fsdp = 1 x 4" in error
         assert "multiple of 4" in error
 
 
 def test_more_devices_than_there_are(begun: Path) -> None:
-    words = ("backend.name=jax", "backend.jax.fsdp=2", f"run.dir={begun.parent / 'jax'}")
+    words = ("backend.name=jax", "backend.jax.mesh.fsdp=2", f"run.dir={begun.parent / 'jax'}")
     error = said(safework("train", begun, *words))
-    assert "backend.jax.fsdp = 2" in error
+    assert "backend.jax.mesh = 2 devices" in error
     assert "only 1 devices are visible (cpu)" in error
 
 

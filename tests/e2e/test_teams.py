@@ -32,7 +32,7 @@ def run_of(folder: Path, engine: str, **sections: dict[str, Any]) -> Path:
 
 def overrides(engine: str, count: int) -> list[str]:
     """What an engine must be told of so many processes."""
-    return [f"backend.jax.fsdp={count}"] if engine == "jax" else []
+    return [f"backend.jax.mesh.fsdp={count}"] if engine == "jax" else []
 
 
 def close(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> None:

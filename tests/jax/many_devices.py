@@ -1,7 +1,7 @@
-"""One update on 1, 4 and 8 devices: `python -m tests.jax.many_devices RUN_FILE MODEL OUT`, with 8 devices forced.
+"""One update on each mesh: `python -m tests.jax.many_devices RUN_FILE MODEL OUT`, with 8 devices forced.
 
-Writes into OUT, for each number of devices: the gradients of a batch in four micro-batches (on one device also in one),
-the state after an update, and, as facts.json, how many shards each parameter and moment has and how large one is.
+Writes into OUT, for each mesh: the gradients of a batch in four micro-batches (on one device also in one), the state
+after an update, and, as facts.json, the loss, how many shards each parameter and moment has and how large one is.
 """
 
 from __future__ import annotations
@@ -21,35 +21,40 @@ from safework_jax.main import open_trainer
 from safework_jax.trainer import JaxTrainer
 from tests.training import packed, random_sequences
 
-DEVICES = (1, 4, 8)
-BATCH = packed(random_sequences(32, seed=1), 32, 32, packed=False)
+# (replica, fsdp, tensor) by name.
+MESHES = {"one": (1, 1, 1), "fsdp": (1, 8, 1), "replica": (2, 4, 1), "tensor": (1, 4, 2)}
+# 29 sequences in 32 rows: the last three are all padding.
+BATCH = packed(random_sequences(29, seed=1), 32, 32, packed=False)
 
 
 def main(run_file: str, model: str, out: str) -> None:
-    """Measure for every number of devices."""
-    assert len(jax.devices()) == max(DEVICES)
+    """Measure on every mesh."""
+    assert len(jax.devices()) == 8
     facts = {}
-    save_gradients(open_over(run_file, model, devices=1, rows=32), Path(out), "whole")
-    for devices in DEVICES:
-        trainer = open_over(run_file, model, devices, rows=8)
-        folder = Path(out) / str(devices)
+    save_gradients(open_over(run_file, model, "one", rows=32), Path(out), "whole")
+    for mesh in MESHES:
+        trainer = open_over(run_file, model, mesh, rows=8)
+        folder = Path(out) / mesh
         folder.mkdir()
-        save_gradients(trainer, folder, "split")
+        loss = save_gradients(trainer, folder, "split")
         trainer.update(BATCH, 1e-3)
         trainer.save(folder)
-        facts[devices] = shards(trainer)
+        facts[mesh] = {"loss": loss, "shards": shards(trainer)}
     (Path(out) / "facts.json").write_text(json.dumps(facts))
 
 
-def open_over(run_file: str, model: str, devices: int, rows: int) -> JaxTrainer:
-    """A trainer over some of the devices, with so many rows in a micro-batch."""
-    changes = [f"backend.jax.fsdp={devices}", f"batch.rows_per_microbatch={rows}"]
+def open_over(run_file: str, model: str, mesh: str, rows: int) -> JaxTrainer:
+    """A trainer over a mesh, with so many rows in a micro-batch."""
+    axes = zip(("replica", "fsdp", "tensor"), MESHES[mesh], strict=True)
+    changes = [*(f"backend.jax.mesh.{axis}={size}" for axis, size in axes), f"batch.rows_per_microbatch={rows}"]
     return open_trainer(load_config([run_file], changes), Path(model), None)
 
 
-def save_gradients(trainer: JaxTrainer, folder: Path, name: str) -> None:
-    """The gradients of the batch, as folder/name.safetensors."""
-    save_file(trainer.named_gradients(BATCH, LossConfig())[1], folder / f"{name}.safetensors")
+def save_gradients(trainer: JaxTrainer, folder: Path, name: str) -> float:
+    """The gradients of the batch, as folder/name.safetensors; returns the loss."""
+    loss, gradients = trainer.named_gradients(BATCH, LossConfig())
+    save_file(gradients, folder / f"{name}.safetensors")
+    return loss
 
 
 def shards(trainer: JaxTrainer) -> dict[str, tuple[int, int]]:

@@ -1,5 +1,5 @@
-"""One program over 1, 4 and 8 forced CPU devices: the same gradient and the same update, weights really in shards, and
-collectives really in the compiled program.
+"""One program over meshes of 8 forced CPU devices: the loss, the gradient and the update of one, weights really in
+shards, and collectives really in the compiled program.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.jax.many_devices import DEVICES
+from tests.jax.many_devices import MESHES
 from tests.tiny import make_model
 from tests.trainer_contract import assert_close_gradients
 from tests.training import ROOT, saved_state, write_run
@@ -41,29 +41,34 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def facts(folder: Path) -> dict[int, dict[str, Any]]:
-    return {int(devices): found for devices, found in json.loads((folder / "facts.json").read_text()).items()}
+@pytest.fixture(scope="module")
+def facts(measured: Path) -> dict[str, Any]:
+    return json.loads((measured / "facts.json").read_text())
 
 
-@pytest.mark.parametrize("devices", DEVICES)
-def test_four_micro_batches_on_any_devices_give_the_gradient_of_one_on_one(devices: int, measured: Path) -> None:
-    split, whole = load_file(measured / str(devices) / "split.safetensors"), load_file(measured / "whole.safetensors")
+@pytest.mark.parametrize("mesh", MESHES)
+def test_four_micro_batches_on_any_mesh_give_the_gradient_of_one_on_one(
+    mesh: str, measured: Path, facts: dict[str, Any]
+) -> None:
+    split, whole = load_file(measured / mesh / "split.safetensors"), load_file(measured / "whole.safetensors")
     assert_close_gradients(split, whole)
+    assert facts[mesh]["loss"] == pytest.approx(facts["one"]["loss"], rel=1e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize("devices", DEVICES[1:])
-def test_states_after_an_update_are_equal(devices: int, measured: Path) -> None:
-    found, expected = saved_state(measured / str(devices)), saved_state(measured / "1")
+@pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if mesh != "one"])
+def test_states_after_an_update_are_equal(mesh: str, measured: Path) -> None:
+    found, expected = saved_state(measured / mesh), saved_state(measured / "one")
     for name, array in expected.items():
         limit = 1e-5 * np.abs(array).max() + (1e-5 if name.startswith("model.") else 0.0)
         np.testing.assert_allclose(found[name], array, rtol=1e-3, atol=limit, err_msg=name)
 
 
-@pytest.mark.parametrize("devices", DEVICES)
-def test_every_matrix_and_its_moment_lie_in_shards(devices: int, measured: Path) -> None:
-    whole = facts(measured)[1]
-    for name, (count, size) in facts(measured)[devices].items():
-        split = devices if name.endswith("weight") and "norm" not in name else 1
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_matrix_and_its_moment_lie_in_shards(mesh: str, facts: dict[str, Any]) -> None:
+    _, fsdp, tensor = MESHES[mesh]
+    whole = facts["one"]["shards"]
+    for name, (count, size) in facts[mesh]["shards"].items():
+        split = fsdp * tensor if name.endswith("weight") and "norm" not in name else 1
         assert (count, size) == (split, whole[name][1] // split), name
 
 
