@@ -24,6 +24,7 @@ from common.experiment import load_data, open_chat, policy_folder, reference_fol
 from common.export import DTYPES, export_model
 from common.launch import verb
 from common.parity.ladder import certificate, compare, table
+from common.plan.report import PARTS
 from common.reporting import UnwatchedConsole
 from common.run_dir import RunDir, not_written
 from common.serving.fleet import serve
@@ -99,6 +100,13 @@ def _parser() -> argparse.ArgumentParser:
     parity.add_argument("--out", type=Path, default=Path("parity.json"), help="the certificate")
     parity.set_defaults(run=_parity)
 
+    plan = verbs.add_parser("plan", help="what a config needs of machines that are not here, and how fast it would be")
+    plan.add_argument("config", nargs="+", help=CONFIG_HELP)
+    plan.add_argument("--target", required=True, help="v5p:4x4x8, v5e:16x16, a100-80:64, h100:8, ...")
+    plan.add_argument("--slices", type=_at_least_one, default=1, help="TPU pods of that shape, one a replica or more")
+    plan.add_argument("--only", choices=PARTS, nargs="+", action="extend", default=[], help="default: all three")
+    plan.set_defaults(run=_plan)
+
     attack = verbs.add_parser(
         "attack", help="attack the judges of a config's recipe and measure what each attack gains"
     )
@@ -125,6 +133,10 @@ def _engine_command(name: str, *words: str) -> list[str]:
 
 def _train(arguments: argparse.Namespace) -> NoReturn:
     _hand_over(arguments.config, "train")
+
+
+def _plan(arguments: argparse.Namespace) -> NoReturn:
+    _hand_over(arguments.config, "plan", arguments.target, str(arguments.slices), json.dumps(arguments.only))
 
 
 def _attack(arguments: argparse.Namespace) -> NoReturn:

@@ -1,6 +1,7 @@
 """What both engines' programs do with a verb and a config, given how to open the policy and judges in process.
 
 train CONFIG...                                 the training loop
+plan TARGET SLICES PARTS CONFIG...              what it needs of a target; PARTS is a JSON list of programs, [] all
 attack OPTIONS CONFIG...                        attack the judges; OPTIONS is a JSON list
 score FILE OUT LABEL CONFIG...                  score a file of prompts and responses; an empty LABEL is none
 record FOLDER STEPS CONFIG...                   parity: sample the batches that both engines are fed
@@ -19,10 +20,14 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from rich.console import Console
+
 from common.attack.trial import Options, attack
 from common.config import ConfigError, LoadedConfig, load_config
 from common.interrupt import INTERRUPTED, stop_at_sigterm
 from common.parity.sides import OpenTrainer, measure_side, record_batches
+from common.plan.report import PARTS, Plan, report
+from common.plan.target import Target, read_target
 from common.reporting import leave_unread
 from common.rewards.scorer import ScoreMissing
 from common.run_dir import NotSaved
@@ -38,14 +43,18 @@ from common.training import train
 USER_ERRORS = (ConfigError, NotSaved, ProcessesParted, ScoreMissing, ServerError, NonFiniteUpdate)
 
 
+OpenPlan = Callable[[LoadedConfig, Target, tuple[str, ...]], Plan]
+
+
 class Engine(NamedTuple):
     """How an engine's program joins the other processes of a run, and opens its policy and the models of judges in
-    process.
+    process; and, where it can, what a config needs of machines that are not here.
     """
 
     open_team: Callable[[float], Team]
     open_trainer: OpenTrainer
     open_judge: Callable[[LoadedConfig, Path], LocalJudge]
+    open_plan: OpenPlan | None = None
 
     def judge_opener(self, loaded: LoadedConfig) -> OpenJudge:
         """How judges in process are opened on this engine, for one config."""
@@ -86,10 +95,14 @@ def _part_from_lost_readers() -> None:
 
 def _run(engine: Engine, words: Sequence[str]) -> int:
     match words:
+        case ["record" | "measure" as verb, *rest]:
+            return _parity(engine, verb, rest)
         case ["train", *config]:
             loaded, command = _load(config), f"safework train {shlex.join(config)}"
             with engine.open_team(loaded.config.run.deadline_s) as team:
                 return train(loaded, engine.open_trainer, engine.judge_opener(loaded), team, command)
+        case ["plan", target, slices, parts, *config]:
+            return _plan(engine, _load(config), read_target(target, int(slices)), tuple(json.loads(parts)))
         case ["attack", options, *config]:
             loaded = _load(config)
             return attack(loaded, engine.judge_opener(loaded), Options(*json.loads(options)))
@@ -97,6 +110,11 @@ def _run(engine: Engine, words: Sequence[str]) -> int:
             loaded, named = _load(config), ["--label", label] if label else []
             command = shlex.join(["safework", "score", *config, file, "--out", out, *named])
             return score(loaded, engine.judge_opener(loaded), Job(Path(file), Path(out), label or None, command))
+    return _usage()
+
+
+def _parity(engine: Engine, verb: str, words: Sequence[str]) -> int:
+    match verb, *words:
         case ["record", folder, steps, *config]:
             loaded = _load(config)
             record_batches(loaded, engine.open_trainer, engine.judge_opener(loaded), Path(folder), int(steps))
@@ -104,8 +122,26 @@ def _run(engine: Engine, words: Sequence[str]) -> int:
         case ["measure", recording, gradients, folder, *config]:
             measure_side(_load(config), engine.open_trainer, Path(recording), Path(gradients), Path(folder))
             return 0
+    return _usage()
+
+
+def _usage() -> int:
     print(f"usage:{__doc__}", file=sys.stderr)
     return 2
+
+
+def _plan(engine: Engine, loaded: LoadedConfig, target: Target, parts: tuple[str, ...]) -> int:
+    name = loaded.config.backend.name
+    if target.chip.engine != name or engine.open_plan is None:
+        raise ConfigError(
+            f"--target {target.name}: is planned for by backend.name = {target.chip.engine}, not {name}. "
+            "Set backend.name, or choose another target."
+            if target.chip.engine != name
+            else f"--target {target.name}: backend.name = {name} plans for no machine yet. Choose a TPU and jax."
+        )
+    found = engine.open_plan(loaded, target, parts or PARTS)
+    Console().print(report(found))
+    return 0 if found.fits else 1
 
 
 def _load(words: Sequence[str]) -> LoadedConfig:

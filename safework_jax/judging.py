@@ -14,10 +14,11 @@ from jax.sharding import Mesh
 from common.data.model_config import is_classifier, read_model_config
 from common.data.model_weights import read_score_head
 from common.trainer import Sampling, SamplingPrompt
+from safework_jax.layout import layout_on
 from safework_jax.model import load_model
 from safework_jax.models.decoder.config import DecoderConfig
 from safework_jax.models.decoder.text import Params, head_weight
-from safework_jax.sampling import last_hidden, sample
+from safework_jax.sampling import Decoding, last_hidden, sample
 from safework_jax.sharding import place_parameter
 
 
@@ -26,14 +27,15 @@ class JaxJudge:
 
     def __init__(self, folder: Path, dtype: str, mesh: Mesh) -> None:
         self._dtype = jnp.dtype(dtype)
-        self._config, self._params = load_model(folder, self._dtype, partial(place_parameter, mesh=mesh))
+        model, self._params = load_model(folder, self._dtype, partial(place_parameter, mesh=mesh))
+        self._decoding = Decoding(model, self._dtype, layout_on(mesh, model, self._dtype, share_prompts=False))
         self._shardings = jax.tree.map(lambda x: x.sharding, self._params)
         self._head = read_score_head(folder) if is_classifier(read_model_config(folder)) else None
 
     def next_logprobs(self, prompts: Sequence[np.ndarray], token_ids: Sequence[int]) -> np.ndarray:
         """float32 [N L]; see LocalJudge."""
         last = self._last(prompts)
-        return np.asarray(_logprobs(self._params, last, np.asarray(token_ids), self._config))[: len(prompts)]
+        return np.asarray(_logprobs(self._params, last, np.asarray(token_ids), self._decoding.model))[: len(prompts)]
 
     def head(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
         """float32 [N C]; see LocalJudge."""
@@ -46,7 +48,7 @@ class JaxJudge:
         greedy = Sampling(0.0, 1.0, 0, max_tokens, stop_ids, rows=len(prompts))
         numbers = np.zeros((1, max_tokens), np.float32)  # which greedy choice does not look at
         asked = [SamplingPrompt(prompt, numbers) for prompt in prompts]
-        return [response.token_ids for (response,) in sample(self._config, self._params, asked, greedy, self._dtype)]
+        return [response.token_ids for (response,) in sample(self._decoding, self._params, asked, greedy)]
 
     def rest(self) -> None:
         """Move the weights to host memory; see LocalJudge."""
@@ -55,7 +57,7 @@ class JaxJudge:
     def _last(self, prompts: Sequence[np.ndarray]) -> jax.Array:
         """The hidden states of the prompts' last tokens [N D], with rows of padding behind them."""
         self._wake()
-        return last_hidden(self._config, self._params, prompts, self._dtype)
+        return last_hidden(self._decoding, self._params, prompts)
 
     def _wake(self) -> None:
         self._params = jax.device_put(self._params, self._shardings)

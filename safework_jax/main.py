@@ -12,8 +12,11 @@ import jax.numpy as jnp
 from common import arrays
 from common.config import LoadedConfig
 from common.engine_main import Engine, run_verb
+from common.plan.report import Plan
+from common.plan.target import Target
 from safework_jax.config import JaxSection
 from safework_jax.judging import JaxJudge
+from safework_jax.plan import plan
 from safework_jax.processes import open_team
 from safework_jax.sharding import make_mesh, own_mesh
 from safework_jax.trainer import JaxTrainer
@@ -22,9 +25,21 @@ from safework_jax.trainer import JaxTrainer
 def open_trainer(loaded: LoadedConfig, policy: Path, reference: Path | None) -> JaxTrainer:
     """Register JAX with the mathematics and load the models."""
     _prepare(loaded)
-    arrays.register(arrays.Engine(jax.Array, jnp, jax.lax.stop_gradient, jax.ops.segment_sum))
+    _register()
     assert isinstance(loaded.engine, JaxSection)
     return JaxTrainer(loaded.config, loaded.engine, policy, reference)
+
+
+def open_plan(loaded: LoadedConfig, target: Target, parts: tuple[str, ...]) -> Plan:
+    """What the config's programs need of a TPU target. Raises ConfigError; see `safework_jax/plan.py`."""
+    jax.config.update("jax_platforms", "cpu")
+    _prepare(loaded)
+    _register()
+    return plan(loaded, target, parts)
+
+
+def _register() -> None:
+    arrays.register(arrays.Engine(jax.Array, jnp, jax.lax.stop_gradient, jax.ops.segment_sum))
 
 
 def open_judge(loaded: LoadedConfig, folder: Path) -> JaxJudge:
@@ -46,4 +61,4 @@ def _prepare(loaded: LoadedConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_verb(Engine(open_team, open_trainer, open_judge), sys.argv[1:]))
+    sys.exit(run_verb(Engine(open_team, open_trainer, open_judge, open_plan), sys.argv[1:]))

@@ -43,8 +43,18 @@ def step(
 
     Parameters and moments stay where the parameters lie; `params` and `moments` are given up.
     """
-    shardings = tuple(leaf.sharding for leaf in jax.tree.leaves(params))
-    return _step(config, shardings, params, moments, gradients, norm, rate)
+    return _step(config, _shardings(params), params, moments, gradients, norm, rate)
+
+
+def lower_step(
+    config: OptimizerConfig, params: Any, moments: optax.ScaleByAdamState, gradients: Any, number: jax.ShapeDtypeStruct
+) -> jax.stages.Lowered:
+    """`step` for shapes that say where they lie, not yet compiled; `number` is the shape of norm and rate."""
+    return _step.lower(config, _shardings(params), params, moments, gradients, number, number)
+
+
+def _shardings(params: Any) -> tuple[jax.sharding.Sharding, ...]:
+    return tuple(leaf.sharding for leaf in jax.tree.leaves(params))
 
 
 @partial(jax.jit, static_argnames=("config", "shardings"), donate_argnames=("params", "moments"))

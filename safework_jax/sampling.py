@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from common.trainer import Response, Sampling, SamplingPrompt
+from safework_jax.attention import KeyValues
+from safework_jax.layout import Layout
 from safework_jax.models.decoder.cache import Cache, decode, expand_cache, prefill, unstack_layers
 from safework_jax.models.decoder.config import DecoderConfig
-from safework_jax.models.decoder.text import KeyValues, Params, head_weight
+from safework_jax.models.decoder.text import Params, head_weight
 from safework_jax.sharding import host
 from safework_jax.token_choice import choose
 
@@ -26,8 +28,16 @@ PROMPT_STEP = 64
 SMALLEST_ROWS = 8
 
 
+class Decoding(NamedTuple):
+    """What the sampler's compiled passes depend on besides arrays and rules; hashable, a static argument of jit."""
+
+    model: DecoderConfig
+    dtype: jnp.dtype
+    layout: Layout
+
+
 def sample(
-    config: DecoderConfig, params: Params, prompts: Sequence[SamplingPrompt], sampling: Sampling, dtype: jnp.dtype
+    decoding: Decoding, params: Params, prompts: Sequence[SamplingPrompt], sampling: Sampling
 ) -> list[list[Response]]:
     """G responses for each prompt, `sampling.rows` decoded at a time; see PolicyTrainer.sample."""
     requests = [(index, row) for index, prompt in enumerate(prompts) for row in range(len(prompt.uniforms))]
@@ -35,15 +45,15 @@ def sample(
     layers = unstack_layers(params)
     for start in range(0, len(requests), sampling.rows):
         chunk = requests[start : start + sampling.rows]
-        decoded = _Chunk(config, params, layers, prompts, chunk, sampling, dtype).decode()
+        decoded = _Chunk(decoding, params, layers, prompts, chunk, sampling).decode()
         for (index, _), response in zip(chunk, decoded, strict=True):
             responses[index].append(response)
     return responses
 
 
-def last_hidden(config: DecoderConfig, params: Params, prompts: Sequence[np.ndarray], dtype: jnp.dtype) -> jax.Array:
+def last_hidden(decoding: Decoding, params: Params, prompts: Sequence[np.ndarray]) -> jax.Array:
     """The final-normed hidden state of each prompt's last token: [P D], and of some rows of padding behind them."""
-    return _prefill(config, params, *_padded(list(prompts)), dtype)[0]
+    return read_prompts(params, *_padded(list(prompts)), decoding)[0]
 
 
 class _Chunk:
@@ -55,21 +65,20 @@ class _Chunk:
 
     def __init__(
         self,
-        config: DecoderConfig,
+        decoding: Decoding,
         params: Params,
         layers: Any,
         prompts: Sequence[SamplingPrompt],
         chunk: list[tuple[int, int]],
         sampling: Sampling,
-        dtype: jnp.dtype,
     ) -> None:
-        self._config, self._params, self._layers, self._sampling = config, params, layers, sampling
+        self._decoding, self._params, self._layers, self._sampling = decoding, params, layers, sampling
         indices = sorted({index for index, _ in chunk})
         token_ids, lengths = _padded([prompts[index].token_ids for index in indices])
-        last, prompt_cache = _prefill(config, params, token_ids, lengths, dtype)
-        self._request = _fill(np.arange(len(chunk)), _row_count(len(chunk)))
+        last, prompt_cache = read_prompts(params, token_ids, lengths, decoding)
+        self._request = _fill(np.arange(len(chunk)), row_count(len(chunk)))
         source = np.array([indices.index(index) for index, _ in chunk])[self._request]
-        self._cache: Cache = _expand(prompt_cache, source, token_ids.shape[1] + sampling.max_new_tokens)
+        self._cache: Cache = spread(prompt_cache, source, token_ids.shape[1] + sampling.max_new_tokens, decoding)
         self._positions = lengths[source]
         self._uniforms = np.stack([prompts[index].uniforms[row] for index, row in chunk])
         self._first = last[source]
@@ -80,23 +89,23 @@ class _Chunk:
     def decode(self) -> list[Response]:
         """Run to the end; responses in the order of the chunk."""
         running = self._request >= 0
-        chosen, logprob = _choose(
-            self._params, self._config, self._first, self._uniforms[self._request, 0], self._sampling
+        chosen, logprob = choose_first(
+            self._params, self._first, self._uniforms[self._request, 0], self._decoding, self._sampling
         )
         for step in range(self._sampling.max_new_tokens):
             running = self._record(step, host(chosen), host(logprob), running)
             if not running.any() or step + 1 == self._sampling.max_new_tokens:
                 break
-            if _row_count(int(running.sum())) < len(running):
+            if row_count(int(running.sum())) < len(running):
                 chosen, running = self._compact(host(chosen), running)
-            chosen, logprob, self._cache = _advance(
+            chosen, logprob, self._cache = advance(
                 self._params,
                 self._layers,
                 chosen,
                 self._positions,
                 self._cache,
                 self._uniforms[self._request, step + 1],
-                config=self._config,
+                decoding=self._decoding,
                 sampling=self._sampling,
             )
             self._positions = self._positions + 1
@@ -112,10 +121,10 @@ class _Chunk:
 
     def _compact(self, chosen: np.ndarray, running: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         left = np.flatnonzero(running)
-        size = _row_count(len(left))
+        size = row_count(len(left))
         rows = np.concatenate([left, np.full(size - len(left), left[0])])
         self._request, self._positions = self._request[rows], self._positions[rows]
-        self._cache = _take(self._cache, rows)
+        self._cache = take(self._cache, rows)
         return chosen[rows], np.arange(size) < len(left)
 
     def _responses(self) -> Iterator[Response]:
@@ -136,7 +145,7 @@ def _padded(prompts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return token_ids, lengths
 
 
-def _row_count(rows: int) -> int:
+def row_count(rows: int) -> int:
     """The program size that holds so many rows: a power of two, at least SMALLEST_ROWS."""
     return max(SMALLEST_ROWS, 1 << (rows - 1).bit_length())
 
@@ -145,28 +154,35 @@ def _fill(rows: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([rows, np.full(size - len(rows), -1)])
 
 
-@partial(jax.jit, static_argnames=("config", "dtype"))
-def _prefill(
-    config: DecoderConfig, params: Params, token_ids: jax.Array, lengths: jax.Array, dtype: jnp.dtype
+# The programs: what `safework_jax/plan.py` compiles too.
+
+
+@partial(jax.jit, static_argnames="decoding")
+def read_prompts(
+    params: Params, token_ids: jax.Array, lengths: jax.Array, decoding: Decoding
 ) -> tuple[jax.Array, KeyValues]:
-    return prefill(config, params, token_ids, lengths, compute_dtype=dtype)
+    """Prompts int [P S] of `lengths` [P] -> hidden states of their last tokens [P D], their keys and values."""
+    layout = decoding.layout._replace(most_segments=2)  # a prompt and the padding behind it
+    return prefill(decoding.model, params, token_ids, lengths, compute_dtype=decoding.dtype, layout=layout)
 
 
-@partial(jax.jit, static_argnames="num_slots")
-def _expand(prompts: KeyValues, prompt_index: jax.Array, num_slots: int) -> Cache:
-    return expand_cache(prompts, prompt_index, num_slots)
+@partial(jax.jit, static_argnames=("num_slots", "decoding"))
+def spread(prompts: KeyValues, prompt_index: jax.Array, num_slots: int, decoding: Decoding) -> Cache:
+    """Give each row the cache of its prompt; see `expand_cache`."""
+    return jax.tree.map(decoding.layout.by_rows_and_heads, expand_cache(prompts, prompt_index, num_slots))
 
 
-@partial(jax.jit, static_argnames=("config", "sampling"))
-def _choose(
-    params: Params, config: DecoderConfig, hidden: jax.Array, uniforms: jax.Array, sampling: Sampling
+@partial(jax.jit, static_argnames=("decoding", "sampling"))
+def choose_first(
+    params: Params, hidden: jax.Array, uniforms: jax.Array, decoding: Decoding, sampling: Sampling
 ) -> tuple[jax.Array, jax.Array]:
-    logits = hidden @ head_weight(config, params).astype(hidden.dtype).T
+    """Hidden states [R D], uniforms [R] -> the tokens chosen and their logprobs [R]."""
+    logits = hidden @ head_weight(decoding.model, params).astype(hidden.dtype).T
     return choose(logits.astype(jnp.float32), uniforms, sampling)
 
 
-@partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames="cache")
-def _advance(
+@partial(jax.jit, static_argnames=("decoding", "sampling"), donate_argnames="cache")
+def advance(
     params: Params,
     layers: Any,
     chosen: jax.Array,
@@ -174,14 +190,16 @@ def _advance(
     cache: Cache,
     uniforms: jax.Array,
     *,
-    config: DecoderConfig,
+    decoding: Decoding,
     sampling: Sampling,
 ) -> tuple[jax.Array, jax.Array, Cache]:
     """Append the chosen token to every row and choose the next one."""
-    hidden, cache = decode(config, params, layers, chosen, positions, cache)
-    return *_choose(params, config, hidden, uniforms, sampling), cache
+    hidden, cache = decode(decoding.model, params, layers, chosen, positions, cache)
+    cache = jax.tree.map(decoding.layout.by_rows_and_heads, cache)
+    return *choose_first(params, hidden, uniforms, decoding, sampling), cache
 
 
 @jax.jit
-def _take(cache: Cache, rows: jax.Array) -> Cache:
+def take(cache: Cache, rows: jax.Array) -> Cache:
+    """The cache of some rows."""
     return jax.tree.map(lambda x: x[rows], cache)

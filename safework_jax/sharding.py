@@ -49,21 +49,25 @@ def own_mesh() -> Mesh:
 
 
 def mesh_over(devices: Sequence[Any], shape: MeshSection) -> Mesh:
-    """A mesh of this shape over as many devices, neighbours on the chips' network where the platform tells who they are.
+    """A mesh of this shape over as many devices, laid along the chips' network where the platform knows it.
 
     Several slices lie along the replica axis, so that only gradients pass between them. Raises ConfigError when they
     do not divide it.
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return jax.make_mesh(shape.shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
     if shape.replica % slices:
         raise ConfigError(
-            f"backend.jax.mesh.replica = {shape.replica}: does not divide over {slices} slices, which share no weights. "
-            f"Choose a multiple of {slices}."
+            f"backend.jax.mesh.replica = {shape.replica}: does not divide over {slices} slices, which share no weights."
+            f" Choose a multiple of {slices}."
         )
     within = (shape.replica // slices, *shape.shape[1:])
-    laid_out = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices)
+    # An axis of the mesh may take a part of an axis of the chips' torus: 2 of 4x4x4 chips, say.
+    if slices == 1:
+        laid_out = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+    else:
+        laid_out = mesh_utils.create_hybrid_device_mesh(
+            within, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
     return Mesh(laid_out, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -72,12 +76,28 @@ def parameter_path(path: tuple[Any, ...]) -> str:
     return ".".join(str(entry.key) for entry in path)
 
 
+def placement(path: str) -> PartitionSpec:
+    """The axes that a parameter's dimensions are split over."""
+    return next(spec for pattern, spec in PLACEMENT if re.fullmatch(pattern, path))
+
+
+def placed_like_parameters(tree: Any, mesh: Mesh) -> Any:
+    """A parameter-shaped tree, inside jit, held to where the table places the parameters.
+
+    Left to itself, XLA spreads small replicated arrays over the devices, and every program compiles once more.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, placement(parameter_path(path)))),
+        tree,
+    )
+
+
 def place_parameter(path: str, array: np.ndarray, mesh: Mesh) -> jax.Array:
     """Put one parameter where the table says.
 
     Raises ConfigError when a dimension does not divide over the devices it is placed on.
     """
-    spec = next(spec for pattern, spec in PLACEMENT if re.fullmatch(pattern, path))
+    spec = placement(path)
     for size, axis in zip(array.shape, spec, strict=False):
         if axis is not None and size % mesh.shape[axis]:
             raise ConfigError(

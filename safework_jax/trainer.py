@@ -7,7 +7,7 @@ import resource
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,27 +17,15 @@ from common.algorithms.objective import Sums, TokenArrays, add_sums, objective, 
 from common.config import LossConfig, RunConfig
 from common.trainer import NonFiniteUpdate, Response, Sampling, SamplingPrompt
 from common.types import TrainBatch
-from safework_jax import optimizer
+from safework_jax import optimizer, programs
 from safework_jax.checkpoint import named, restore_state, save_state, stacked
 from safework_jax.config import JaxSection
 from safework_jax.model import load_model
 from safework_jax.models.decoder.config import DecoderConfig
-from safework_jax.models.decoder.text import Params, Remat, head_weight, hidden_states
+from safework_jax.models.decoder.text import Params
+from safework_jax.programs import Arrays, Program, program_for
 from safework_jax.sampling import sample
 from safework_jax.sharding import host, make_mesh, place, place_parameter, rows_sharding
-from safework_jax.token_logprobs import token_logprobs
-
-Arrays = dict[str, jax.Array]
-
-
-class Program(NamedTuple):
-    """What a compiled pass depends on besides its arrays; hashable, a static argument of jit."""
-
-    model: DecoderConfig
-    loss: LossConfig
-    temperature: float
-    recompute: Remat
-    dtype: jnp.dtype
 
 
 class JaxTrainer:
@@ -45,7 +33,6 @@ class JaxTrainer:
 
     def __init__(self, config: RunConfig, section: JaxSection, policy: Path, reference: Path | None) -> None:
         self._config = config
-        self._dtype = jnp.dtype(config.backend.dtype)
         self._mesh = make_mesh(section.mesh)
         model, self._params = self._load(policy)
         self._program = self._program_for(model)
@@ -56,8 +43,7 @@ class JaxTrainer:
         return load_model(folder, jnp.float32, partial(place_parameter, mesh=self._mesh))
 
     def _program_for(self, model: DecoderConfig) -> Program:
-        config = self._config
-        return Program(model, config.loss, config.rollout.temperature, config.backend.recompute, self._dtype)
+        return program_for(self._config, model, self._mesh)
 
     def update(self, batch: TrainBatch, learning_rate: float) -> dict[str, float]:
         """One optimizer step; see PolicyTrainer."""
@@ -75,11 +61,11 @@ class JaxTrainer:
 
     def _accumulate(self, batch: TrainBatch, loss_config: LossConfig) -> tuple[float, Sums, Params]:
         """The loss over the whole batch, its statistics as floats, and its gradient."""
-        program = self._program._replace(loss=loss_config)
+        program = self._program._replace(loss=loss_config).for_rows(batch.segment_ids)
         gradients = jax.tree.map(jnp.zeros_like, self._params)
         total, sums = 0.0, None
         for rows in self._microbatches(batch):
-            gradients, loss, part = _accumulate(self._params, gradients, rows, program)
+            gradients, loss, part = programs.accumulate(self._params, gradients, rows, program)
             total += float(loss)
             sums = part if sums is None else add_sums(sums, part)
         assert sums is not None, "a batch has rows"
@@ -91,7 +77,8 @@ class JaxTrainer:
         if which == "reference":
             assert self._reference is not None, "loss.kl_coef is 0, so no reference was loaded"
             program, params = self._program_for(self._reference[0]), self._reference[1]
-        parts = [_logprobs(params, rows, program)[0] for rows in self._microbatches(batch)]
+        program = program.for_rows(batch.segment_ids)
+        parts = [programs.logprobs(params, rows, program)[0] for rows in self._microbatches(batch)]
         return np.concatenate([host(part) for part in parts])
 
     def _microbatches(self, batch: TrainBatch) -> Iterator[Arrays]:
@@ -103,7 +90,7 @@ class JaxTrainer:
 
     def sample(self, prompts: Sequence[SamplingPrompt], sampling: Sampling) -> list[list[Response]]:
         """Responses from the embedded sampler; see PolicyTrainer."""
-        return sample(self._program.model, self._params, prompts, sampling, self._dtype)
+        return sample(self._program.decoding, self._params, prompts, sampling)
 
     def named_gradients(self, batch: TrainBatch, loss: LossConfig) -> tuple[float, dict[str, np.ndarray]]:
         """Loss and gradient by Hugging Face name; see ParityTrainer."""
@@ -139,33 +126,3 @@ class JaxTrainer:
         if stats is not None and "peak_bytes_in_use" in stats:
             return stats["peak_bytes_in_use"] / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-@partial(jax.jit, static_argnames="program")
-def _logprobs(params: Params, rows: Arrays, program: Program) -> tuple[jax.Array, jax.Array]:
-    """Logprobs and entropies [B T] of a micro-batch."""
-    hidden = hidden_states(
-        program.model,
-        params,
-        rows["token_ids"],
-        rows["positions"],
-        rows["segment_ids"],
-        rows["prefix_ids"],
-        remat=program.recompute,
-        compute_dtype=program.dtype,
-    )
-    weight = head_weight(program.model, params)
-    return token_logprobs(hidden, weight, rows["token_ids"], rows["previous"], rows["sampled"], program.temperature)
-
-
-@partial(jax.jit, static_argnames="program", donate_argnames="gradients")
-def _accumulate(params: Params, gradients: Params, rows: Arrays, program: Program) -> tuple[Params, jax.Array, Sums]:
-    """Add a micro-batch's gradient to `gradients`; its loss and statistics."""
-
-    def loss_of(params: Params) -> tuple[jax.Array, Sums]:
-        logprobs, entropy = _logprobs(params, rows, program)
-        constants = TokenArrays(*(rows.get(name) for name in TokenArrays._fields))
-        return objective(program.loss, logprobs, entropy, constants)
-
-    (loss, sums), new = jax.value_and_grad(loss_of, has_aux=True)(params)
-    return jax.tree.map(jnp.add, gradients, new), loss, sums

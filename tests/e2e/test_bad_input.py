@@ -134,7 +134,12 @@ def test_a_folder_that_another_process_trains_in(begun: Path) -> None:
 
 
 def test_rows_that_do_not_divide_over_devices(begun: Path) -> None:
-    words = ("backend.name=jax", "backend.jax.mesh.fsdp=4", "batch.rows_per_microbatch=6", f"run.dir={begun.parent / 'jax'}")
+    words = (
+        "backend.name=jax",
+        "backend.jax.mesh.fsdp=4",
+        "batch.rows_per_microbatch=6",
+        f"run.dir={begun.parent / 'jax'}",
+    )
     for verb in ("check", "train"):
         error = said(safework(verb, begun, *words))
         assert "batch.rows_per_microbatch = 6" in error

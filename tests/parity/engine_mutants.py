@@ -122,14 +122,14 @@ _JAX = [
     ),
     Mutant(
         "jax sequences see their neighbours",
-        "safework_jax/models/decoder/text.py",
+        "safework_jax/attention.py",
         "earlier & seen & near",
         "earlier & near",
         "logprob difference",
     ),
     Mutant(
         "jax responses do not see a shared prompt",
-        "safework_jax/models/decoder/text.py",
+        "safework_jax/attention.py",
         " | (prefix_ids[:, :, None] == keys)",
         "",
         "logprob difference",
@@ -150,7 +150,7 @@ _JAX = [
     ),
     Mutant(
         "jax averages micro-batches",
-        "safework_jax/trainer.py",
+        "safework_jax/programs.py",
         "jax.tree.map(jnp.add, gradients, new)",
         "jax.tree.map(lambda held, fresh: (held + fresh) / 2, gradients, new)",
         "gradient norm ratio - 1, on-policy",

@@ -20,38 +20,37 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from safework_jax.attention import KeyValues, Packing, masked_attention
+from safework_jax.layout import ONE_DEVICE, Layout
 from safework_jax.models.decoder.config import DecoderConfig
-from safework_jax.models.decoder.text import Attend, KeyValues, Params, attention, bind, rotation_at, run_layers
+from safework_jax.models.decoder.text import Attend, Params, bind, rotation_at, run_layers
 
 # One KeyValues [R KV heads, S, head_dim] per layer.
 Cache = tuple[KeyValues, ...]
 
 
 def prefill(
-    config: DecoderConfig, params: Params, token_ids: jax.Array, lengths: jax.Array, *, compute_dtype: DTypeLike
+    config: DecoderConfig,
+    params: Params,
+    token_ids: jax.Array,
+    lengths: jax.Array,
+    *,
+    compute_dtype: DTypeLike,
+    layout: Layout = ONE_DEVICE,
 ) -> tuple[jax.Array, KeyValues]:
     """Run prompts [P S], right-padded to S, of `lengths` [P].
 
     Returns the final-normed hidden state of each prompt's last token [P D] and its keys and values
     [L P KV S head_dim].
     """
-    decoder = bind(config, params)
     positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1]), token_ids.shape)
     segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
+    packing = Packing(positions, segment_ids, segment_ids)
     x, prompts = run_layers(
-        config,
-        decoder,
-        token_ids,
-        positions,
-        segment_ids,
-        segment_ids,
-        keep=True,
-        remat="none",
-        compute_dtype=compute_dtype,
+        config, params, token_ids, packing, layout=layout, keep=True, remat="none", compute_dtype=compute_dtype
     )
     assert prompts is not None
-    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return decoder.norm(last), prompts
+    return jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0], prompts
 
 
 def expand_cache(prompts: KeyValues, prompt_index: jax.Array, num_slots: int) -> Cache:
@@ -99,7 +98,7 @@ def decode(
         def attend(query: jax.Array, new: KeyValues) -> tuple[jax.Array, KeyValues]:
             slots = KeyValues(*(old.at[rows, :, positions].set(x[:, :, 0]) for old, x in zip(past, new, strict=True)))
             visible = (age >= 0) & (age < window)
-            return attention(query, slots, visible[:, None]), slots
+            return masked_attention(query, slots, visible[:, None]), slots
 
         return attend
 

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from safework_jax.attention import KeyValues, Packing
+from safework_jax.layout import ONE_DEVICE, Layout
 from safework_jax.models.decoder.config import DecoderConfig
 from safework_jax.models.decoder.rope import Rope
 
@@ -24,6 +26,7 @@ Params = dict[str, Any]
 Remat = Literal["none", "dots", "full"]
 
 _REMAT_POLICIES = {
+    "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -34,13 +37,6 @@ class Rotation(NamedTuple):
 
     cos: jax.Array
     sin: jax.Array
-
-
-class KeyValues(NamedTuple):
-    """What attention remembers of tokens: keys and values, each [... KV heads, S, head_dim]."""
-
-    keys: jax.Array
-    values: jax.Array
 
 
 # (query [B T heads head_dim], keys and values of the same tokens) -> (mixed values, what the caller keeps of them)
@@ -64,22 +60,24 @@ class Embedding(nnx.Module):
 
 @jax.custom_vjp
 def project(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x W^T: [... in], [out in] -> [... out].
+    """x W^T in the dtype of x: [... in], [out in] -> [... out].
 
-    With a gradient rule of its own, because of the order of one product: left to itself, XLA on a CPU transposes the
-    output's gradient, and computes it anew in that order, for the weight's; transposing x is several times faster.
+    With a gradient rule of its own, for two reasons. The weight's gradient leaves its product in the dtype of the
+    weight, so that devices sum it in fp32 whatever they compute in. And the order of that product: left to itself, XLA
+    on a CPU transposes the output's gradient, computed anew in that order; transposing x is several times faster.
     """
-    return x @ weight.T
+    return x @ weight.astype(x.dtype).T
 
 
 def _project_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return x @ weight.T, (x, weight)
+    return project(x, weight), (x, weight)
 
 
 def _project_backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, weight = kept
     rows, columns = (array.reshape(-1, array.shape[-1]) for array in (x, gradient))
-    return gradient @ weight, (rows.T @ columns).T
+    of_weight = jnp.matmul(rows.T, columns, preferred_element_type=weight.dtype).T
+    return gradient @ weight.astype(x.dtype), of_weight
 
 
 project.defvjp(_project_forward, _project_backward)
@@ -94,7 +92,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[... in] -> [... out]"""
-        y = project(x, self.weight[...].astype(x.dtype))
+        y = project(x, self.weight[...])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -211,71 +209,44 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def visible_tokens(positions: jax.Array, segment_ids: jax.Array, prefix_ids: jax.Array, window: jax.Array) -> jax.Array:
-    """Who sees whom in packed rows: [B T] three times, [] -> bool [B T S], True where token t may attend to token s.
-
-    Always itself, so that no row of scores is empty: padding, segment 0, sees padding.
-    """
-    index = jnp.arange(positions.shape[1])
-    earlier = index[:, None] >= index
-    keys = segment_ids[:, None, :]
-    seen = (segment_ids[:, :, None] == keys) | (prefix_ids[:, :, None] == keys)
-    near = positions[:, :, None] - positions[:, None, :] < window
-    return earlier & seen & near
-
-
-def attention(query: jax.Array, remembered: KeyValues, visible: jax.Array) -> jax.Array:
-    """The masked reference: query [B T heads head_dim], keys [B KV S head_dim], visible [B T S] -> shape of query.
-
-    Heads that share a key head stay together as one matrix product; scores and softmax are float32.
-    """
-    keys, values = remembered
-    grouped = query.reshape(*query.shape[:2], keys.shape[1], -1, query.shape[-1])
-    # Moved before the product, for which XLA would else move the far larger scores.
-    grouped = jnp.moveaxis(grouped, 1, 3)
-    scores = jnp.einsum("bkgtd,bksd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
-    scores = scores * query.shape[-1] ** -0.5
-    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    mixed = jnp.einsum("bkgts,bksd->bkgtd", weights, values)
-    return jnp.moveaxis(mixed, 3, 1).reshape(query.shape)
-
-
 def run_layers(
     config: DecoderConfig,
-    decoder: Decoder,
+    params: Params,
     token_ids: jax.Array,
-    positions: jax.Array,
-    segment_ids: jax.Array,
-    prefix_ids: jax.Array,
+    packing: Packing,
     *,
+    layout: Layout,
     keep: bool,
     remat: Remat,
     compute_dtype: DTypeLike,
 ) -> tuple[jax.Array, KeyValues | None]:
     """Embed packed rows [B T] and run all blocks over them.
 
-    Returns the hidden states before the final norm [B T D] and, with `keep`, every layer's keys and values
+    Returns the hidden states after the final norm [B T D] and, with `keep`, every layer's keys and values
     [L B KV T head_dim].
     """
-    structure, stacked = nnx.split(decoder.layers)
-    rotation = rotation_at(config.rope, positions)
+    outer = {name: layout.opened(name, params[name], compute_dtype) for name in ("embed", "norm")}
+    decoder = bind(config, {**params, **outer})
+    structure = nnx.split(decoder.layers)[0]
+    rotation = rotation_at(config.rope, packing.positions)
 
-    def run_block(x: jax.Array, layer: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, KeyValues | None]:
-        params, window = layer
+    def run_block(x: jax.Array, layer: tuple[Params, jax.Array]) -> tuple[jax.Array, KeyValues | None]:
+        own, window = layer
 
         def attend(query: jax.Array, new: KeyValues) -> tuple[jax.Array, KeyValues | None]:
-            return attention(
-                query, new, visible_tokens(positions, segment_ids, prefix_ids, window)
-            ), new if keep else None
+            return layout.attend(query, new, packing, window), new if keep else None
 
-        return nnx.merge(structure, params)(x, rotation, attend)
+        block = nnx.merge(structure, layout.opened("layers", own, compute_dtype))
+        x, kept = block(x, rotation, attend)
+        return layout.by_rows(x), kept
 
-    if remat != "none":
+    policy = layout.kept_for_backward(_REMAT_POLICIES[remat])
+    if policy is not None:
         # A scan is its own barrier against merging the recomputation with the forward pass.
-        run_block = jax.checkpoint(run_block, policy=_REMAT_POLICIES[remat], prevent_cse=False)
-    x = decoder.embed(token_ids, compute_dtype)
-    return jax.lax.scan(run_block, x, (stacked, jnp.asarray(config.windows, jnp.int32)))
+        run_block = jax.checkpoint(run_block, policy=policy, prevent_cse=False)
+    x = layout.by_rows(decoder.embed(token_ids, compute_dtype))
+    x, kept = jax.lax.scan(run_block, x, (params["layers"], jnp.asarray(config.windows, jnp.int32)))
+    return decoder.norm(x), kept
 
 
 def hidden_states(
@@ -288,21 +259,13 @@ def hidden_states(
     *,
     remat: Remat,
     compute_dtype: DTypeLike,
+    layout: Layout = ONE_DEVICE,
 ) -> jax.Array:
     """Final-normed hidden states of packed rows: int [B T] four times, as in TrainBatch -> compute_dtype [B T D].
 
     remat is what the backward pass recomputes: nothing, all but the matrix products, or whole blocks.
     """
-    decoder = bind(config, params)
-    x, _ = run_layers(
-        config,
-        decoder,
-        token_ids,
-        positions,
-        segment_ids,
-        prefix_ids,
-        keep=False,
-        remat=remat,
-        compute_dtype=compute_dtype,
-    )
-    return decoder.norm(x)
+    packing = Packing(positions, segment_ids, prefix_ids)
+    return run_layers(
+        config, params, token_ids, packing, layout=layout, keep=False, remat=remat, compute_dtype=compute_dtype
+    )[0]

@@ -1,0 +1,1 @@
+"""What a config needs of machines that are not here: targets, and what an engine found for one."""

@@ -1,0 +1,174 @@
+"""What a compiled TPU program's text says: collectives with their bytes by mesh axis, and the compiler's own estimate
+of cycles, each times the trips of the loops around it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
+_OPERATIONS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w-]+)\(")
+_CALLED = re.compile(r"(?:calls|body|condition|branch_computations|to_apply)=(?:\{([^}]*)\}|(%[\w.-]+))")
+# The compiler writes a reduce-scatter as an all-reduce and a slice, inside a computation of this name.
+_SCATTER = "all-reduce-scatter"
+
+
+class Collective(NamedTuple):
+    """One collective: what it does, over which mesh axes, in which dtypes, its result's bytes on a chip, its runs."""
+
+    operation: str
+    axes: tuple[str, ...]
+    dtypes: frozenset[str]
+    result_bytes: int
+    members: int
+    runs: int
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that a chip sends in all runs, by the ring algorithm."""
+        share = (self.members - 1) / self.members
+        per_run = {
+            "all-gather": share * self.result_bytes,
+            "reduce-scatter": share * self.result_bytes,  # of the whole, as the compiler's text has it
+            "all-reduce": 2 * share * self.result_bytes,
+            "all-to-all": share * self.result_bytes,
+            "collective-permute": self.result_bytes,
+        }[self.operation]
+        return round(self.runs * per_run)
+
+
+class CompiledText:
+    """The text of one program over a mesh of these axes, in the mesh's order of devices."""
+
+    def __init__(self, text: str, axes: Sequence[tuple[str, int]]) -> None:
+        self._axes = axes
+        self._computations: dict[str, list[str]] = {}
+        self._entry = ""
+        lines: list[str] = []
+        for line in text.splitlines():
+            header = re.match(r"(ENTRY )?(%[\w.-]+) \(.*\{$", line)
+            if header:
+                lines = self._computations[header[2]] = []
+                self._entry = header[2] if header[1] else self._entry
+            else:
+                lines.append(line)
+        assert self._entry, "a compiled program has an entry"
+
+    @cached_property
+    def collectives(self) -> list[Collective]:
+        """Every collective once, with how often it runs."""
+        found: dict[tuple[str, ...], Collective] = {}
+        for caller, inside, line, runs in self._executed(self._entry, 1):
+            match = _INSTRUCTION.match(line)
+            assert match, line
+            operation = match[3].removesuffix("-start")
+            if operation not in _OPERATIONS or match[3].endswith("-done"):
+                continue
+            # Between its start and its end a collective is copied into the computations that run meanwhile.
+            channel = re.search(r"channel_id=(\d+)", line)
+            own = match[1] if inside == caller else f"{channel and channel[1]} {match[2].split('{')[0]}"
+            scatters = inside.startswith(f"%{_SCATTER}")
+            found[caller, operation, own] = self._collective("reduce-scatter" if scatters else operation, line, runs)
+        return [one for one in found.values() if one.members > 1]
+
+    @cached_property
+    def cycles(self) -> int:
+        """The compiler's estimate for one run of the program, of what it gives an estimate for."""
+        return sum(
+            runs * int(match[1])
+            for caller, inside, line, runs in self._executed(self._entry, 1)
+            if inside == caller and (match := re.search(r'"estimated_cycles":"(\d+)"', line))
+        )
+
+    def sent_by_axis(self) -> dict[str, int]:
+        """Bytes that a chip sends, by mesh axis; `fsdp+tensor` where a collective runs along both."""
+        sent: dict[str, int] = {}
+        for one in self.collectives:
+            name = "+".join(one.axes)
+            sent[name] = sent.get(name, 0) + one.sent_bytes
+        return sent
+
+    def _executed(self, name: str, runs: int) -> Iterator[tuple[str, str, str, int]]:
+        """(computation, computation inside a fusion or itself, instruction, runs) of all that runs."""
+        for line in self._computations[name]:
+            match = _INSTRUCTION.match(line)
+            if match is None:
+                continue
+            yield name, name, line, runs
+            called = [part.strip() for group in _CALLED.findall(line) for part in (group[0] or group[1]).split(",")]
+            if match[3] == "while":
+                trips = self._trips(next(part for part in called if part in re.findall(r"condition=(%[\w.-]+)", line)))
+                yield from self._executed(re.findall(r"body=(%[\w.-]+)", line)[0], runs * trips)
+            elif match[3] in ("conditional", "call"):
+                for part in called:
+                    yield from self._executed(part, runs)
+            elif match[3] in ("fusion", "async-start"):
+                for part in called:
+                    for inner in self._computations[part]:
+                        if _INSTRUCTION.match(inner):
+                            yield name, part, inner, runs
+
+    def _trips(self, condition: str) -> int:
+        """How often a loop runs, by the constant that its counter is compared with."""
+        constants = [
+            int(found) for line in self._computations[condition] for found in re.findall(r"constant\((\d+)\)", line)
+        ]
+        return max(constants, default=1)
+
+    def _collective(self, operation: str, line: str, runs: int) -> Collective:
+        match = _INSTRUCTION.match(line)
+        assert match
+        result = match[2]
+        if match[3].endswith("-start") and result.startswith("("):
+            result = result.split("), ")[-1]
+        parts = [(kind, math.prod(map(int, filter(None, sizes.split(","))))) for kind, sizes in _arrays(result)]
+        if match[3] == "collective-permute-start":
+            parts = parts[1:2]  # operand, result, and two counters
+        if match[3] == "all-gather-start":
+            parts = parts[len(parts) // 2 :]
+        group = self._group(line)
+        return Collective(
+            operation,
+            self._along(group),
+            frozenset(kind for kind, _ in parts),
+            sum(_BYTES[kind] * size for kind, size in parts),
+            len(group),
+            runs,
+        )
+
+    def _group(self, line: str) -> list[int]:
+        """The first group of devices, or the first pair that differs, as places in the mesh."""
+        if found := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
+            pairs = [list(map(int, pair.split(","))) for pair in re.findall(r"\{?(\d+,\d+)\}?", found[1])]
+            return next((pair for pair in pairs if pair[0] != pair[1]), pairs[0][:1])
+        if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+            return list(map(int, found[1].split(",")))
+        if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+            shape, sizes = (tuple(map(int, found[group].split(","))) for group in (1, 2))
+            ids = np.arange(math.prod(sizes)).reshape(sizes)
+            if found[3]:
+                ids = ids.transpose(tuple(map(int, found[3].split(","))))
+            return ids.reshape(shape)[0].tolist()
+        found = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
+        if found is None:
+            return [0]
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        along = re.findall(r"'(\w+)'", found[2])
+        ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        return ids[tuple(slice(None) if name in along else 0 for name in sizes)].reshape(-1).tolist()
+
+    def _along(self, group: list[int]) -> tuple[str, ...]:
+        """The mesh axes along which a group's members differ."""
+        places = np.array(np.unravel_index(group, tuple(size for _, size in self._axes)))
+        return tuple(name for (name, _), row in zip(self._axes, places, strict=True) if len(set(row.tolist())) > 1)
+
+
+def _arrays(result: str) -> list[tuple[str, str]]:
+    return [found for found in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", result) if found[0] in _BYTES]

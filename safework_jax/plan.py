@@ -1,0 +1,267 @@
+"""`safework plan`: the trainer's own programs, compiled by the TPU's compiler for chips that are not here."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from common.config import ConfigError, LoadedConfig, RunConfig
+from common.plan.model import planned_model
+from common.plan.report import Plan, ProgramPlan
+from common.plan.target import Target
+from common.trainer import Sampling
+from safework_jax import optimizer, programs, sampling
+from safework_jax.attention import KeyValues
+from safework_jax.compiled import CompiledText
+from safework_jax.config import JaxSection, MeshSection
+from safework_jax.models.decoder.config import DecoderConfig
+from safework_jax.models.decoder.text import Params, init_params
+from safework_jax.sharding import AXES, ROWS, mesh_over, parameter_path, placement
+
+_ROW_ARRAYS = {
+    **dict.fromkeys(("token_ids", "positions", "segment_ids", "prefix_ids", "previous"), jnp.int32),
+    **dict.fromkeys(("sampling_logprobs", "advantages", "policy_weights", "kl_weights", "old_logprobs"), jnp.float32),
+    "sampled": jnp.bool_,
+}
+
+
+class _Job(NamedTuple):
+    """What is planned: a config, its model, the chips, and which programs."""
+
+    config: RunConfig
+    mesh: MeshSection
+    model: DecoderConfig
+    devices: list[Any]
+    target: Target
+    parts: tuple[str, ...]
+
+
+def plan(loaded: LoadedConfig, target: Target, parts: tuple[str, ...]) -> Plan:
+    """Compile a config's programs for a target and read what they need; where that is too much, try smaller changes.
+
+    Needs the model's config.json alone. Raises ConfigError for a mesh that is not as large as the target, and where the
+    compiler is not installed or refuses a program.
+    """
+    assert isinstance(loaded.engine, JaxSection)
+    mesh = loaded.engine.mesh
+    if mesh.num_devices != target.num_chips:
+        raise ConfigError(
+            f"backend.jax.mesh = {mesh.num_devices} devices: {target.slices} x {target.name} has {target.num_chips} "
+            f"chips. Choose axes whose product is {target.num_chips}."
+        )
+    model = DecoderConfig.from_hf(planned_model(loaded))
+    job = _Job(loaded.config, mesh, model, _chips(target), target, parts)
+    found = _compiled(job)
+    return found if found.fits else found._replace(notes=(_smallest_change(job),))
+
+
+def _chips(target: Target) -> list[Any]:
+    # The compiler asks a machine's metadata service for a TPU, and lets one process a machine in, unless told not to.
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    slices = {} if target.slices == 1 else {"num_slices": target.slices}
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=target.name, **slices).devices)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        said = str(error).splitlines()[0]
+        raise ConfigError(
+            f"--target {target.name}: the TPU's compiler does not know it or is missing ({said}). Install libtpu "
+            "(pip install 'safework[tpu]'), or choose a shape that exists."
+        ) from error
+
+
+def _compiled(job: _Job) -> Plan:
+    """Every program of the job, compiled, and what lies on a chip all the time."""
+    mesh = mesh_over(job.devices, job.mesh)
+    program = programs.program_for(job.config, job.model, mesh)
+    params = _params(job.model, mesh)
+    weights, batch = _bytes(params), _bytes(_rows(job.config, mesh))
+    kinds = {"parameters": weights, "moments": 2 * weights, "gradients": weights, "rows of a micro-batch": batch}
+    if job.config.loss.kl_coef:
+        kinds["reference"] = weights
+    besides = kinds.get("reference", 0)
+    found = []
+    for name, held, work, lower in _lowered(job, program, params, mesh):
+        begun = time.monotonic()
+        compiled = lower()
+        seconds = time.monotonic() - begun
+        memory = compiled.memory_analysis()
+        text = CompiledText(compiled.as_text(), tuple(zip(AXES, job.mesh.shape, strict=True)))
+        least = _least_bytes(job, name)
+        found.append(
+            ProgramPlan(
+                name,
+                memory.argument_size_in_bytes,
+                memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+                held * weights + besides,
+                work / job.target.num_chips,
+                text.sent_by_axis(),
+                least,
+                text.cycles / job.target.chip.hertz,
+                work / job.target.num_chips / job.target.chip.bf16_flops,
+                seconds,
+            )
+        )
+    return Plan(job.target, kinds, tuple(found))
+
+
+def _lowered(
+    job: _Job, program: programs.Program, params: Params, mesh: Mesh
+) -> Iterator[tuple[str, int, float, Callable[[], Any]]]:
+    """(name, parameter-sized trees held besides its arguments, flops, compile) of each program that is asked for."""
+    config, model, rows = job.config, job.model, _rows(job.config, mesh)
+    forward = _forward_flops(model, config.batch.rows_per_microbatch, config.batch.row_tokens)
+    again = {"none": 0, "dots": 0, "full": 1}[program.recompute]
+    if "update" in job.parts:
+        accumulate = programs.accumulate.lower(params, params, rows, program)
+        yield "update: a micro-batch", 2, (3 + again) * forward, accumulate.compile
+        count: Any = _shape((), jnp.int32, mesh)
+        moments = optax.ScaleByAdamState(count, params, params)
+        number = _shape((), jnp.float32, mesh)
+        step = optimizer.lower_step(config.optimizer, params, moments, params, number)
+        yield "update: AdamW", 0, 0.0, step.compile
+    if "logprobs" in job.parts:
+        yield "logprobs", 2, forward, programs.logprobs.lower(params, rows, program).compile
+    if "sampling" in job.parts:
+        yield from _sampling(job, program.decoding, params, mesh)
+
+
+def _sampling(
+    job: _Job, decoding: sampling.Decoding, params: Params, mesh: Mesh
+) -> Iterator[tuple[str, int, float, Callable[[], Any]]]:
+    """The embedded sampler's: the prompts of `rollout.rows` responses, and one token for each."""
+    rollout, model = job.config.rollout, job.model
+    count = sampling.row_count(rollout.rows)
+    num_prompts = 1 << (-(-rollout.rows // rollout.group_size) - 1).bit_length()
+    slots = -(-job.config.data.max_prompt_tokens // sampling.PROMPT_STEP) * sampling.PROMPT_STEP
+    prompts = _shape((num_prompts, slots), jnp.int32, mesh), _shape((num_prompts,), jnp.int32, mesh)
+    reading = sampling.read_prompts.lower(params, *prompts, decoding)
+    yield "sampling: prompts", 2, _forward_flops(model, num_prompts, slots), reading.compile
+    numbers = [_shape((count,), dtype, mesh) for dtype in (jnp.int32, jnp.int32, jnp.float32)]
+    shape = (count, model.num_kv_heads, slots + rollout.max_new_tokens, model.head_dim)
+    cache: Any = jax.eval_shape(lambda: jnp.zeros(shape, decoding.dtype))
+    lying = NamedSharding(mesh, decoding.layout.rows_and_heads(shape) if mesh.size > 1 else PartitionSpec())
+    one = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lying), KeyValues(cache, cache)
+    )
+    layers = tuple(_one_layer(params["layers"], mesh) for _ in range(model.num_layers))
+    rule = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens, (), rollout.rows)
+    chosen, positions, uniforms = numbers
+    advance = sampling.advance.lower(
+        params, layers, chosen, positions, model.num_layers * (one,), uniforms, decoding=decoding, sampling=rule
+    )
+    yield "sampling: a token", 2, _forward_flops(model, count, 1), advance.compile
+
+
+def _smallest_change(job: _Job) -> str:
+    """The first change that was compiled and fits, as a sentence."""
+    tried = []
+    for words, changed in _changes(job):
+        tried.append(words)
+        if _compiled(changed).fits:
+            return f"It fits with {words}: compiled and checked."
+    return f"None of these makes it fit, compiled one by one: {'; '.join(tried) or 'there was nothing to try'}."
+
+
+def _changes(job: _Job) -> Iterator[tuple[str, _Job]]:
+    batch, backend, mesh = job.config.batch, job.config.backend, job.mesh
+    fewest = mesh.row_shares
+    if batch.rows_per_microbatch > fewest:
+        smaller = batch.model_copy(update={"rows_per_microbatch": fewest})
+        yield (
+            f"batch.rows_per_microbatch={fewest}",
+            job._replace(config=job.config.model_copy(update={"batch": smaller})),
+        )
+    if backend.recompute != "full":
+        again = backend.model_copy(update={"recompute": "full"})
+        yield "backend.recompute=full", job._replace(config=job.config.model_copy(update={"backend": again}))
+    if mesh.replica > job.target.slices and mesh.replica % 2 == 0:
+        split = mesh.model_copy(update={"replica": mesh.replica // 2, "fsdp": mesh.fsdp * 2})
+        yield f"backend.jax.mesh.replica={split.replica} backend.jax.mesh.fsdp={split.fsdp}", job._replace(mesh=split)
+    if mesh.fsdp % 2 == 0 and job.model.num_kv_heads % (2 * mesh.tensor) == 0:
+        split = mesh.model_copy(update={"fsdp": mesh.fsdp // 2, "tensor": mesh.tensor * 2})
+        fewer = batch.model_copy(update={"rows_per_microbatch": min(batch.rows_per_microbatch, split.row_shares)})
+        words = f"backend.jax.mesh.fsdp={split.fsdp} backend.jax.mesh.tensor={split.tensor}"
+        if fewer != batch:
+            words += f" batch.rows_per_microbatch={fewer.rows_per_microbatch}"
+        yield words, job._replace(mesh=split, config=job.config.model_copy(update={"batch": fewer}))
+
+
+def _params(model: DecoderConfig, mesh: Mesh) -> Params:
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0), jnp.float32))
+
+    def placed(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, placement(parameter_path(path)))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(placed, shapes)
+
+
+def _one_layer(layers: Any, mesh: Mesh) -> Any:
+    def cut(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        assert isinstance(leaf.sharding, NamedSharding)
+        sharding = NamedSharding(mesh, PartitionSpec(*leaf.sharding.spec[1:]))
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(cut, layers)
+
+
+def _rows(config: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    shape, names = (config.batch.rows_per_microbatch, config.batch.row_tokens), dict(_ROW_ARRAYS)
+    if config.loss.old_logprobs == "detach":
+        del names["old_logprobs"]
+    if config.loss.kl_coef:
+        names["ref_logprobs"] = jnp.float32
+    lying = NamedSharding(mesh, ROWS)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=lying) for name, dtype in names.items()}
+
+
+def _shape(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+
+def _bytes(tree: Any) -> int:
+    """Bytes of a tree on one chip."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _forward_flops(model: DecoderConfig, rows: int, tokens: int) -> float:
+    """Products of one forward pass with logits for every token, and causal attention, each row being one sequence."""
+    mixing = 2 * model.num_heads * model.head_dim
+    keys = 2 * model.num_kv_heads * model.head_dim
+    layer = model.hidden_dim * (mixing + keys + 3 * model.mlp_dim)
+    products = 2 * (model.num_layers * layer + model.vocab_size * model.hidden_dim)
+    return float(rows * tokens * (products + model.num_layers * mixing * tokens))
+
+
+def _least_bytes(job: _Job, name: str) -> dict[str, int]:
+    """What a chip must send: fsdp gathers each weight once forward and once backward, and scatters its gradient once in
+    fp32; replica sums the gradients that a chip keeps; tensor sums what attention and MLP give, once each forward and
+    once each backward.
+    """
+    model, mesh = job.model, job.mesh
+    backward = {"update: a micro-batch": True, "logprobs": False}.get(name)
+    if backward is None:
+        return {}
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0), jnp.float32))
+    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) // mesh.tensor
+    width = jnp.dtype(job.config.backend.dtype).itemsize
+    rows = job.config.batch.rows_per_microbatch // mesh.row_shares
+    hidden = rows * job.config.batch.row_tokens * model.hidden_dim * width
+    gathers, scatters = (2, 1) if backward else (1, 0)
+    fsdp = (mesh.fsdp - 1) / mesh.fsdp * size * (gathers * width + scatters * 4)
+    replica = scatters * 2 * (mesh.replica - 1) / mesh.replica * size / mesh.fsdp * 4
+    tensor = 2 * (mesh.tensor - 1) / mesh.tensor * hidden * 2 * model.num_layers * (1 + backward)
+    return {axis: round(sent) for axis, sent in (("fsdp", fsdp), ("replica", replica), ("tensor", tensor)) if sent}
