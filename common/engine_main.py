@@ -140,7 +140,8 @@ def _plan(engine: Engine, loaded: LoadedConfig, target: Target, parts: tuple[str
             else f"--target {target.name}: backend.name = {name} plans for no machine yet. Choose a TPU and jax."
         )
     found = engine.open_plan(loaded, target, parts or PARTS)
-    Console().print(report(found))
+    # As wide as its tables, where there is no terminal to say how wide.
+    Console(width=None if sys.stdout.isatty() else 140).print(report(found))
     return 0 if found.fits else 1
 
 

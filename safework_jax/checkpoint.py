@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from common.state_files import TrainingState, read_state, write_state
 from safework_jax.models.decoder.names import is_stacked, tensor_names
+from safework_jax.optimizer import step_count
 from safework_jax.sharding import host, parameter_path, place
 
 
@@ -50,5 +50,5 @@ def restore_state(params: Any, num_layers: int, folder: Path) -> tuple[Any, opta
     """Parameters and moments as `save_state` wrote them, placed like `params`."""
     state = read_state(folder)
     first, second = (stacked(arrays, params, num_layers) for arrays in (state.first_moment, state.second_moment))
-    count = jnp.asarray(state.optimizer_steps, jnp.int32)
+    count = step_count(params, state.optimizer_steps)
     return stacked(state.parameters, params, num_layers), optax.ScaleByAdamState(count, first, second)

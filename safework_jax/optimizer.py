@@ -7,11 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from common.config.method import OptimizerConfig
 from safework_jax.models.decoder.names import is_stacked
-from safework_jax.sharding import parameter_path
+from safework_jax.sharding import parameter_path, place
 
 
 def _is_matrix(path: tuple[Any, ...], leaf: jax.Array) -> bool:
@@ -21,8 +23,17 @@ def _is_matrix(path: tuple[Any, ...], leaf: jax.Array) -> bool:
 
 def init_moments(params: Any) -> optax.ScaleByAdamState:
     """Zero moments, each placed like its parameter, and a step count of 0."""
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.zeros_like, params))
+    first, second = (
+        jax.tree.map(lambda leaf: jax.device_put(jnp.zeros_like(leaf), leaf.sharding), params) for _ in range(2)
+    )
+    return optax.ScaleByAdamState(step_count(params, 0), first, second)
+
+
+def step_count(params: Any, steps: int) -> jax.Array:
+    """A count of steps, int32 scalar, on every device that holds parameters."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    whole = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
+    return place(np.array(steps, np.int32), whole)
 
 
 @jax.jit

@@ -71,6 +71,12 @@ def logprobs(params: Params, rows: Arrays, program: Program) -> tuple[jax.Array,
     return token_logprobs(hidden, weight, *wanted, program.temperature, program.layout.mesh)
 
 
+@partial(jax.jit, static_argnames="mesh")
+def no_gradients(params: Params, mesh: Mesh) -> Params:
+    """Zeros shaped and placed like the parameters."""
+    return placed_like_parameters(jax.tree.map(jnp.zeros_like, params), mesh)
+
+
 @partial(jax.jit, static_argnames="program", donate_argnames="gradients")
 def accumulate(params: Params, gradients: Params, rows: Arrays, program: Program) -> tuple[Params, jax.Array, Sums]:
     """Add a micro-batch's gradient to `gradients`, which is given up; its loss and statistics, scalars."""

@@ -54,7 +54,8 @@ def mesh_over(devices: Sequence[Any], shape: MeshSection) -> Mesh:
     Several slices lie along the replica axis, so that only gradients pass between them. Raises ConfigError when they
     do not divide it.
     """
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # Only TPUs lie in slices.
+    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
     if shape.replica % slices:
         raise ConfigError(
             f"backend.jax.mesh.replica = {shape.replica}: does not divide over {slices} slices, which share no weights."
@@ -114,7 +115,8 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
 
 def place(array: np.ndarray, sharding: Sharding) -> jax.Array:
     """An array that every process has whole, laid out over the devices of all."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    with jax.transfer_guard("allow"):  # JAX counts this as done in passing; it is what is asked for
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def host(array: jax.Array) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import resource
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,30 +47,34 @@ class JaxTrainer:
         return program_for(self._config, model, self._mesh)
 
     def update(self, batch: TrainBatch, learning_rate: float) -> dict[str, float]:
-        """One optimizer step; see PolicyTrainer."""
-        loss, sums, gradients = self._accumulate(batch, self._config.loss)
-        norm = optimizer.global_norm(gradients)
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise NonFiniteUpdate(f"loss {loss}, gradient norm {float(norm)}.")
-        self._step(gradients, norm, learning_rate)
-        return update_record(sums, float(norm))
+        """One optimizer step; see PolicyTrainer. Host and devices exchange only what is sent or asked for in so many
+        words."""
+        with jax.transfer_guard_host_to_device("disallow"), jax.transfer_guard_device_to_host("disallow"):
+            loss, sums, gradients = self._accumulate(batch, self._config.loss)
+            norm = optimizer.global_norm(gradients)
+            found = float(jax.device_get(norm))
+            if not math.isfinite(loss) or not math.isfinite(found):
+                raise NonFiniteUpdate(f"loss {loss}, gradient norm {found}.")
+            self._step(gradients, norm, learning_rate)
+        return update_record(sums, found)
 
     def _step(self, gradients: Params, norm: jax.Array, learning_rate: float) -> None:
+        rate = place(np.array(learning_rate, np.float32), norm.sharding)
         self._params, self._moments = optimizer.step(
-            self._config.optimizer, self._params, self._moments, gradients, norm, learning_rate
+            self._config.optimizer, self._params, self._moments, gradients, norm, rate
         )
 
     def _accumulate(self, batch: TrainBatch, loss_config: LossConfig) -> tuple[float, Sums, Params]:
         """The loss over the whole batch, its statistics as floats, and its gradient."""
         program = self._program._replace(loss=loss_config).for_rows(batch.segment_ids)
-        gradients = jax.tree.map(jnp.zeros_like, self._params)
-        total, sums = 0.0, None
+        gradients = programs.no_gradients(self._params, self._mesh)
+        parts = []
         for rows in self._microbatches(batch):
-            gradients, loss, part = programs.accumulate(self._params, gradients, rows, program)
-            total += float(loss)
-            sums = part if sums is None else add_sums(sums, part)
-        assert sums is not None, "a batch has rows"
-        return total, Sums(*(float(value) for value in sums)), gradients
+            gradients, *part = programs.accumulate(self._params, gradients, rows, program)
+            parts.append(part)
+        # Asked for once, at the end: the devices need not wait for the host between micro-batches.
+        losses, sums = zip(*jax.device_get(parts), strict=True)
+        return sum(map(float, losses)), Sums(*map(float, functools.reduce(add_sums, sums))), gradients
 
     def logprobs(self, batch: TrainBatch, which: Literal["policy", "reference"]) -> np.ndarray:
         """float32 [B T] of the policy or the reference; see PolicyTrainer."""

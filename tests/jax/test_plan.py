@@ -1,0 +1,98 @@
+"""Plans of tiny models for four chips by the TPU's own compiler: two layers, real sharding, real collectives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from common.config import ConfigError, load_config
+from common.plan.report import PARTS, Plan
+from common.plan.target import read_target
+from safework_jax.config import MeshSection
+from safework_jax.layout import layout_on
+from safework_jax.main import open_plan
+from safework_jax.models.decoder.config import DecoderConfig
+from safework_jax.plan import _chips
+from safework_jax.sharding import mesh_over
+from tests.tiny import SIZES
+from tests.training import write_run
+
+TARGET = read_target("v5e:2x2", 1)
+SHAPES = {**SIZES, "model_type": "qwen2", "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def planned(folder: Path, parts: tuple[str, ...], mesh: dict[str, int], rows: int, **shapes: int) -> Plan:
+    """A plan of a model whose folder holds a config.json and nothing else."""
+    model = folder / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({**SHAPES, **shapes}))
+    backend = {"name": "jax", "dtype": "bfloat16", "recompute": "full", "threads": 0, "jax": {"mesh": mesh}}
+    batch = {"row_tokens": 256, "rows_per_microbatch": rows}
+    return open_plan(load_config([write_run(folder, model, backend=backend, batch=batch)]), TARGET, parts)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """All programs of a model over 2 fsdp x 2 tensor chips."""
+    folder = tmp_path_factory.mktemp("plan")
+    return planned(folder, PARTS, {"fsdp": 2, "tensor": 2}, 2, hidden_size=256, intermediate_size=512)
+
+
+def test_every_program_of_a_run_is_compiled_and_fits(plan: Plan) -> None:
+    names = [program.name for program in plan.programs]
+    assert names == [
+        "update: a micro-batch",
+        "update: AdamW",
+        "logprobs",
+        "sampling: prompts",
+        "sampling: a token",
+    ]
+    assert plan.fits and plan.notes == ()
+    for program in plan.programs:
+        assert program.temporary_bytes >= 0 and program.predicted_s > 0 and program.compile_s > 0
+
+
+def test_a_chip_holds_its_part_of_what_lies_there(plan: Plan) -> None:
+    matrices = 2 * (256 * (256 + 2 * 128 + 256) + 3 * 256 * 512) + 2 * 320 * 256
+    vectors = 2 * (2 * 256 + 256 + 2 * 128) + 256  # norms and biases, whole on every chip
+    assert plan.kinds["parameters"] == plan.kinds["gradients"] == 4 * (matrices // 4 + vectors)
+    assert plan.kinds["moments"] == 2 * plan.kinds["parameters"]
+    update = plan.programs[0]
+    assert update.argument_bytes >= 2 * plan.kinds["parameters"]
+    assert update.resident_bytes == plan.kinds["moments"]
+
+
+def test_weights_travel_once_forward_and_once_backward_and_gradients_once(plan: Plan) -> None:
+    update, _, logprobs, *_ = plan.programs
+    for program, limit in ((update, 1.1), (logprobs, 1.1)):
+        sent, least = program.collective_bytes["fsdp"], program.least_bytes["fsdp"]
+        assert 0.8 * least < sent < limit * least
+        assert 0.9 * program.least_bytes["tensor"] < program.collective_bytes["tensor"]
+    assert set(update.collective_bytes) <= {"fsdp", "tensor", "fsdp+tensor"}
+
+
+def test_what_does_not_fit_comes_with_the_smallest_change_that_does(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 53248, "head_dim": 128}
+    found = planned(tmp_path, ("logprobs",), {"replica": 4}, 4, **sizes)
+    assert not found.fits
+    assert found.notes == ("It fits with backend.jax.mesh.replica=2 backend.jax.mesh.fsdp=2: compiled and checked.",)
+
+
+def test_a_mesh_of_another_size_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"= 2 devices: 1 x v5e:2x2 has 4 chips\. Choose axes whose product is 4"):
+        planned(tmp_path, PARTS, {"fsdp": 2}, 2)
+
+
+def test_the_platform_and_the_rows_choose_the_attention() -> None:
+    mesh, model = mesh_over(_chips(TARGET), MeshSection(fsdp=2, tensor=2)), DecoderConfig.from_hf(SHAPES)
+    assert layout_on(mesh, model, jnp.bfloat16, share_prompts=False).kernel == "splash"
+    assert layout_on(mesh, model, jnp.bfloat16, share_prompts=True).kernel == "masked"
+    windows = model.__class__(**{**vars(model), "windows": (8, 8)})
+    assert layout_on(mesh, windows, jnp.bfloat16, share_prompts=False).kernel == "masked"
+    four = mesh_over(_chips(TARGET), MeshSection(tensor=4))
+    with pytest.raises(ConfigError, match="tensor = 4: does not divide the model's 2 key heads"):
+        layout_on(four, model, jnp.bfloat16, share_prompts=False)
