@@ -16,15 +16,13 @@ from rich.console import Console
 
 from common.attack.report import refuse_untried
 from common.attack.trial import Options
-from common.config import ConfigError, LoadedConfig, load_config
-from common.config.checks import warnings
-from common.config.explain import explain, explain_recipe
+from common.config import ConfigError, LoadedConfig, checks, explain, load_config
 from common.engine_main import INTERRUPTED, USER_ERRORS, split_arguments
 from common.experiment import load_data, open_chat, policy_folder, reference_folder
 from common.export import DTYPES, export_model
-from common.launch import verb
+from common.launch import verb as launching
 from common.parity.ladder import certificate, compare, table
-from common.plan.report import PARTS
+from common.plan import verb as planning
 from common.reporting import UnwatchedConsole
 from common.run_dir import RunDir, not_written
 from common.serving.fleet import serve
@@ -84,8 +82,8 @@ def _parser() -> argparse.ArgumentParser:
 
     cluster = verbs.add_parser("launch", help="start a run on a cluster: a job file for SLURM or GKE, or on Ray")
     cluster.add_argument("config", nargs="+", help=CONFIG_HELP)
-    verb.add_options(cluster)
-    cluster.set_defaults(run=verb.launch)
+    launching.add_options(cluster)
+    cluster.set_defaults(run=launching.launch)
 
     export = verbs.add_parser("export", help="write a run's newest checkpoint as a Hugging Face folder")
     export.add_argument("run_dir", type=Path, help="the folder of a run")
@@ -102,14 +100,10 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = verbs.add_parser("plan", help="what a config needs of machines that are not here, and how fast it would be")
     plan.add_argument("config", nargs="+", help=CONFIG_HELP)
-    plan.add_argument("--target", required=True, help="v5p:4x4x8, v5e:16x16, a100-80:64, h100:8, ...")
-    plan.add_argument("--slices", type=_at_least_one, default=1, help="TPU pods of that shape, one a replica or more")
-    plan.add_argument("--only", choices=PARTS, nargs="+", action="extend", default=[], help="default: all three")
+    planning.add_options(plan, _at_least_one)
     plan.set_defaults(run=_plan)
 
-    attack = verbs.add_parser(
-        "attack", help="attack the judges of a config's recipe and measure what each attack gains"
-    )
+    attack = verbs.add_parser("attack", help="attack the judges of a config, and measure what each attack gains")
     attack.add_argument("config", nargs="+", help=CONFIG_HELP)
     attack.add_argument("--judge", nargs="+", action="extend", default=[], help="names of judges; default: all")
     attack.add_argument(
@@ -173,10 +167,10 @@ def _beside(file: Path) -> Path:
 
 def _check(arguments: argparse.Namespace) -> int:
     loaded = load_config(*split_arguments(arguments.config))
-    print(explain(loaded), end="")
-    for line in explain_recipe(loaded.config):
+    print(explain.explain(loaded), end="")
+    for line in explain.explain_recipe(loaded.config):
         print(f"# {line}")
-    for sentence in warnings(loaded.config):
+    for sentence in checks.warnings(loaded.config):
         print(f"# warning: {sentence}")
     print(f"# {_counts(loaded)}")
     return 0

@@ -20,14 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
-
 from common.attack.trial import Options, attack
 from common.config import ConfigError, LoadedConfig, load_config
 from common.interrupt import INTERRUPTED, stop_at_sigterm
 from common.parity.sides import OpenTrainer, measure_side, record_batches
-from common.plan.report import PARTS, Plan, report
-from common.plan.target import Target, read_target
+from common.plan.verb import OpenPlan, plan
 from common.reporting import leave_unread
 from common.rewards.scorer import ScoreMissing
 from common.run_dir import NotSaved
@@ -41,9 +38,6 @@ from common.training import train
 
 # What the user can mend, said in a sentence; anything else is ours and keeps its traceback.
 USER_ERRORS = (ConfigError, NotSaved, ProcessesParted, ScoreMissing, ServerError, NonFiniteUpdate)
-
-
-OpenPlan = Callable[[LoadedConfig, Target, tuple[str, ...]], Plan]
 
 
 class Engine(NamedTuple):
@@ -102,7 +96,7 @@ def _run(engine: Engine, words: Sequence[str]) -> int:
             with engine.open_team(loaded.config.run.deadline_s) as team:
                 return train(loaded, engine.open_trainer, engine.judge_opener(loaded), team, command)
         case ["plan", target, slices, parts, *config]:
-            return _plan(engine, _load(config), read_target(target, int(slices)), tuple(json.loads(parts)))
+            return plan(engine.open_plan, _load(config), target, int(slices), tuple(json.loads(parts)))
         case ["attack", options, *config]:
             loaded = _load(config)
             return attack(loaded, engine.judge_opener(loaded), Options(*json.loads(options)))
@@ -128,21 +122,6 @@ def _parity(engine: Engine, verb: str, words: Sequence[str]) -> int:
 def _usage() -> int:
     print(f"usage:{__doc__}", file=sys.stderr)
     return 2
-
-
-def _plan(engine: Engine, loaded: LoadedConfig, target: Target, parts: tuple[str, ...]) -> int:
-    name = loaded.config.backend.name
-    if target.chip.engine != name or engine.open_plan is None:
-        raise ConfigError(
-            f"--target {target.name}: is planned for by backend.name = {target.chip.engine}, not {name}. "
-            "Set backend.name, or choose another target."
-            if target.chip.engine != name
-            else f"--target {target.name}: backend.name = {name} plans for no machine yet. Choose a TPU and jax."
-        )
-    found = engine.open_plan(loaded, target, parts or PARTS)
-    # As wide as its tables, where there is no terminal to say how wide.
-    Console(width=None if sys.stdout.isatty() else 140).print(report(found))
-    return 0 if found.fits else 1
 
 
 def _load(words: Sequence[str]) -> LoadedConfig:

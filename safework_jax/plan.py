@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import sharding as placing
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from common.config import ConfigError, LoadedConfig, RunConfig
 from common.plan.model import planned_model
@@ -24,8 +24,7 @@ from safework_jax import optimizer, programs, sampling
 from safework_jax.attention import KeyValues
 from safework_jax.compiled import CompiledText
 from safework_jax.config import JaxSection, MeshSection
-from safework_jax.models.decoder.config import DecoderConfig
-from safework_jax.models.decoder.text import Params, init_params
+from safework_jax.models.decoder.text import DecoderConfig, Params, init_params
 from safework_jax.sharding import AXES, ROWS, mesh_over, parameter_path, placement
 
 _ROW_ARRAYS = {
@@ -115,7 +114,7 @@ def _compiled(job: _Job) -> Plan:
 
 
 def _lowered(
-    job: _Job, program: programs.Program, params: Params, mesh: Mesh
+    job: _Job, program: programs.Program, params: Params, mesh: placing.Mesh
 ) -> Iterator[tuple[str, int, float, Callable[[], Any]]]:
     """(name, parameter-sized trees held besides its arguments, flops, compile) of each program that is asked for."""
     config, model, rows = job.config, job.model, _rows(job.config, mesh)
@@ -136,7 +135,7 @@ def _lowered(
 
 
 def _sampling(
-    job: _Job, decoding: sampling.Decoding, params: Params, mesh: Mesh
+    job: _Job, decoding: sampling.Decoding, params: Params, mesh: placing.Mesh
 ) -> Iterator[tuple[str, int, float, Callable[[], Any]]]:
     """The embedded sampler's: the prompts of `rollout.rows` responses, and one token for each."""
     rollout, model = job.config.rollout, job.model
@@ -149,7 +148,8 @@ def _sampling(
     numbers = [_shape((count,), dtype, mesh) for dtype in (jnp.int32, jnp.int32, jnp.float32)]
     shape = (count, model.num_kv_heads, slots + rollout.max_new_tokens, model.head_dim)
     cache: Any = jax.eval_shape(lambda: jnp.zeros(shape, decoding.dtype))
-    lying = NamedSharding(mesh, decoding.layout.rows_and_heads(shape) if mesh.size > 1 else PartitionSpec())
+    spec = decoding.layout.rows_and_heads(shape) if mesh.size > 1 else placing.PartitionSpec()
+    lying = placing.NamedSharding(mesh, spec)
     one = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lying), KeyValues(cache, cache)
     )
@@ -196,37 +196,37 @@ def _changes(job: _Job) -> Iterator[tuple[str, _Job]]:
         yield words, job._replace(mesh=split, config=job.config.model_copy(update={"batch": fewer}))
 
 
-def _params(model: DecoderConfig, mesh: Mesh) -> Params:
+def _params(model: DecoderConfig, mesh: placing.Mesh) -> Params:
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0), jnp.float32))
 
     def placed(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, placement(parameter_path(path)))
+        sharding = placing.NamedSharding(mesh, placement(parameter_path(path)))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(placed, shapes)
 
 
-def _one_layer(layers: Any, mesh: Mesh) -> Any:
+def _one_layer(layers: Any, mesh: placing.Mesh) -> Any:
     def cut(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        assert isinstance(leaf.sharding, NamedSharding)
-        sharding = NamedSharding(mesh, PartitionSpec(*leaf.sharding.spec[1:]))
+        assert isinstance(leaf.sharding, placing.NamedSharding)
+        sharding = placing.NamedSharding(mesh, placing.PartitionSpec(*leaf.sharding.spec[1:]))
         return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
 
     return jax.tree.map(cut, layers)
 
 
-def _rows(config: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def _rows(config: RunConfig, mesh: placing.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     shape, names = (config.batch.rows_per_microbatch, config.batch.row_tokens), dict(_ROW_ARRAYS)
     if config.loss.old_logprobs == "detach":
         del names["old_logprobs"]
     if config.loss.kl_coef:
         names["ref_logprobs"] = jnp.float32
-    lying = NamedSharding(mesh, ROWS)
+    lying = placing.NamedSharding(mesh, ROWS)
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=lying) for name, dtype in names.items()}
 
 
-def _shape(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+def _shape(shape: tuple[int, ...], dtype: Any, mesh: placing.Mesh) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=placing.NamedSharding(mesh, placing.PartitionSpec()))
 
 
 def _bytes(tree: Any) -> int:
