@@ -109,11 +109,16 @@ CROSS_CHECKS = [
         "4096",
         "so the full penalty is never reached. Set it to ",
     ),
-    Case("{backend: {name: jax, jax: {mesh: {context: 2}}}}", "backend.jax.mesh.context", "2", "yet. Set it to 1, and"),
     Case("{rewards: {verifiers: {x: {options: {}}}}}", "rewards.verifiers.x", "{'rule': None", "Set exactly one of"),
 ]
 # What another key makes wrong is blamed on the place that set it, not on the line of the case.
 ELSEWHERE = {"data.heldout": "default"}
+
+
+def test_an_axis_that_is_not_served_yet_is_refused(tmp_path: Path) -> None:
+    text = message(tmp_path, "backend: {name: jax, jax: {mesh: {context: 2}}}")
+    assert text.startswith("backend.jax.mesh.context = 2")
+    assert "yet. Set it to 1, and" in text
 
 
 @pytest.mark.parametrize("case", VALUES + CROSS_CHECKS, ids=lambda case: case.line)
