@@ -94,31 +94,24 @@ def _parser() -> argparse.ArgumentParser:
 
     parity = verbs.add_parser("parity", help="measure torch against JAX on a config's own model and data")
     parity.add_argument("config", nargs="+", help=CONFIG_HELP)
-    parity.add_argument("--steps", type=_at_least_one, default=20, help="batches to record and replay")
+    parity.add_argument("--steps", type=launching.at_least_one, default=20, help="batches to record and replay")
     parity.add_argument("--out", type=Path, default=Path("parity.json"), help="the certificate")
     parity.set_defaults(run=_parity)
 
     plan = verbs.add_parser("plan", help="what a config needs of machines that are not here, and how fast it would be")
     plan.add_argument("config", nargs="+", help=CONFIG_HELP)
-    planning.add_options(plan, _at_least_one)
+    planning.add_options(plan, launching.at_least_one)
     plan.set_defaults(run=_plan)
 
     attack = verbs.add_parser("attack", help="attack the judges of a config, and measure what each attack gains")
     attack.add_argument("config", nargs="+", help=CONFIG_HELP)
     attack.add_argument("--judge", nargs="+", action="extend", default=[], help="names of judges; default: all")
     attack.add_argument(
-        "--samples", type=_at_least_one, default=0, help="bad answers a judge; default: all that suit it"
+        "--samples", type=launching.at_least_one, default=0, help="bad answers a judge; default: all that suit it"
     )
     attack.add_argument("--out", default="", help="the report; default: rewards.attack_report")
     attack.set_defaults(run=_attack)
     return parser
-
-
-def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}: must be at least 1")
-    return number
 
 
 def _engine_command(name: str, *words: str) -> list[str]:

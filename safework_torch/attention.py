@@ -3,7 +3,7 @@
     one sequence in a row, on a GPU     SDPA's causal kernel (cuDNN's first): padding comes last, where nothing sees it
     everything else                     SDPA with a mask, the reference
 
-Masks are made on the host, from explicit segment ids and positions, and never inferred.
+Masks are made from explicit segment ids and positions, and never inferred.
 """
 
 from __future__ import annotations
@@ -51,9 +51,7 @@ def packed_masks(config: PreTrainedConfig, packing: Packing, device: torch.devic
     A token sees those before it of its segment and of its prefix. Padding is a segment of its own that attends to
     itself: a fully masked row would be NaN.
     """
-    if device.type == "cpu":
-        return by_layer_kind(config, lambda window: reference_mask(packing, window).to(device))
-    return by_layer_kind(config, lambda window: _kernel_mask(packing, window, device))
+    return by_layer_kind(config, lambda window: _mask(packing, window, device))
 
 
 def by_layer_kind(config: PreTrainedConfig, make: Callable[[int | None], Made]) -> Made | dict[str, Made]:
@@ -64,10 +62,10 @@ def by_layer_kind(config: PreTrainedConfig, make: Callable[[int | None], Made]) 
     return {kind: make(windows[kind]) for kind in sorted(set(config.layer_types))}
 
 
-def reference_mask(packing: Packing, window: int | None) -> Tensor:
-    """Who sees whom, bool [B 1 T T]."""
-    positions, segments, prefixes = map(torch.from_numpy, packing)
-    place = torch.arange(segments.shape[1])
+def reference_mask(packing: Packing, window: int | None, device: torch.device) -> Tensor:
+    """Who sees whom, bool [B 1 T T], worked out on the device."""
+    positions, segments, prefixes = (sent(array, device) for array in packing)
+    place = torch.arange(segments.shape[1], device=device)
     keys = segments[:, None, None, :]
     seen = (segments[:, None, :, None] == keys) | (prefixes[:, None, :, None] == keys)
     visible = seen & (place[:, None] >= place)
@@ -76,12 +74,11 @@ def reference_mask(packing: Packing, window: int | None) -> Tensor:
     return visible
 
 
-def _kernel_mask(packing: Packing, window: int | None, device: torch.device) -> Mask:
-    if window is not None and window >= packing.positions.shape[1]:
-        window = None
-    if window is None and is_causal(packing):
+def _mask(packing: Packing, window: int | None, device: torch.device) -> Mask:
+    is_unlimited = window is None or window >= packing.positions.shape[1]
+    if device.type != "cpu" and is_unlimited and is_causal(packing):
         return None
-    return reference_mask(packing, window).to(device)
+    return reference_mask(packing, window, device)
 
 
 def is_causal(packing: Packing) -> bool:

@@ -31,7 +31,8 @@ def _count(text: str) -> int:
     return number
 
 
-def _at_least_one(text: str) -> int:
+def at_least_one(text: str) -> int:
+    """An option's whole number from 1 on, for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number}: must be at least 1")
@@ -40,19 +41,19 @@ def _at_least_one(text: str) -> int:
 
 _OPTIONS = {
     "out": _Option(("slurm", "gke"), Path, Path(), "the job file; default: named after run.dir"),
-    "grace": _Option(("slurm", "gke"), _at_least_one, 600, "seconds to finish a step and save before the job's end"),
-    "nodes": _Option(("slurm",), _at_least_one, None, "hosts"),
+    "grace": _Option(("slurm", "gke"), at_least_one, 600, "seconds to finish a step and save before the job's end"),
+    "nodes": _Option(("slurm",), at_least_one, None, "hosts"),
     "gpus-per-node": _Option(("slurm",), _count, None, "GPUs of each; 0: none"),
-    "processes-per-node": _Option(("slurm",), _at_least_one, 0, "of the trainer; default: one a GPU"),
+    "processes-per-node": _Option(("slurm",), at_least_one, 0, "of the trainer; default: one a GPU"),
     "cpus-per-process": _Option(("slurm",), _count, 0, "CPUs of each; default: what the cluster gives"),
     "time": _Option(("slurm",), str, "", "as sbatch has it"),
     "partition": _Option(("slurm",), str, "", "as sbatch has it"),
     "account": _Option(("slurm",), str, "", "as sbatch has it"),
     "target": _Option(("gke",), str, None, "a TPU slice, such as v5p:4x4x8"),
-    "slices": _Option(("gke",), _at_least_one, 1, "of the same topology"),
+    "slices": _Option(("gke",), at_least_one, 1, "of the same topology"),
     "image": _Option(("gke",), str, None, "a container image with safework[tpu]"),
     "volume": _Option(("gke",), str, None, "CLAIM:FOLDER, a volume claim and the folder at which every host sees it"),
-    "processes": _Option(("ray",), _at_least_one, 0, "of the trainer; default: one a GPU, or one a host"),
+    "processes": _Option(("ray",), at_least_one, 0, "of the trainer; default: one a GPU, or one a host"),
     "address": _Option(("ray",), str, "", "of the cluster; default: $RAY_ADDRESS, or else this machine alone"),
     "restarts": _Option(("gke", "ray"), _count, 3, "of the trainer as a whole, after failures"),
 }

@@ -11,6 +11,7 @@ from torch import nn
 from safework_torch.attention import Packing, is_causal, packed_attention, reference_mask
 from tests.training import packed, random_sequences
 
+CPU = torch.device("cpu")
 HEADS, KEY_HEADS, DIM, TOKENS = 4, 2, 16, 300
 PACKINGS: dict[str, dict[str, Any]] = {
     "packed": {"count": 90},
@@ -40,7 +41,7 @@ def test_rows_are_called_causal_exactly_where_the_causal_kernel_is_right(case: s
     query, key, value = vectors(where)
     ours, reference = (
         packed_attention(nn.Identity(), query, key, value, mask, DIM**-0.5)[0]
-        for mask in (None, reference_mask(where, None))
+        for mask in (None, reference_mask(where, None, CPU))
     )
     is_right = torch.allclose(ours[real], reference[real], atol=1e-5)
     assert is_causal(where) == is_right == (case in CAUSAL)
