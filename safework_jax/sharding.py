@@ -54,8 +54,9 @@ def mesh_over(devices: Sequence[Any], shape: MeshSection) -> Mesh:
     Several slices lie along the replica axis, so that only gradients pass between them. Raises ConfigError when they
     do not divide it.
     """
-    # Only TPUs lie in slices.
-    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    # Only TPUs lie in slices, and a described topology of one slice does not number it.
+    numbered = devices[0].platform == "tpu" and hasattr(devices[0], "slice_index")
+    slices = len({device.slice_index for device in devices}) if numbered else 1
     if shape.replica % slices:
         raise ConfigError(
             f"backend.jax.mesh.replica = {shape.replica}: does not divide over {slices} slices, which share no weights."

@@ -64,7 +64,7 @@ def job_set(folder: Path, *words: str | Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("gke")
-    words = ("run.steps=1", "evaluation.at_ends=false", "backend.jax.fsdp=2")
+    words = ("run.steps=1", "evaluation.at_ends=false", "backend.jax.mesh={fsdp: 2}")
     run_file = run_of(folder, "jax")
     return folder, job_set(folder, run_file, *words, *OPTIONS, f"claim:{folder}", "--slices", "2")
 
