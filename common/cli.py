@@ -17,6 +17,7 @@ from rich.console import Console
 from common.attack.report import refuse_untried
 from common.attack.trial import Options
 from common.config import ConfigError, LoadedConfig, checks, explain, load_config
+from common.disk import not_written
 from common.engine_main import INTERRUPTED, USER_ERRORS, split_arguments
 from common.experiment import load_data, open_chat, policy_folder, reference_folder
 from common.export import DTYPES, export_model
@@ -24,7 +25,7 @@ from common.launch import verb as launching
 from common.parity.ladder import certificate, compare, table
 from common.plan import verb as planning
 from common.reporting import UnwatchedConsole
-from common.run_dir import RunDir, not_written
+from common.run_dir import RunDir
 from common.serving.fleet import serve
 from common.serving.in_process import unopened
 

@@ -22,12 +22,12 @@ from typing import NamedTuple
 
 from common.attack.trial import Options, attack
 from common.config import ConfigError, LoadedConfig, load_config
+from common.disk import NotSaved
 from common.interrupt import INTERRUPTED, stop_at_sigterm
 from common.parity.sides import OpenTrainer, measure_side, record_batches
 from common.plan.verb import OpenPlan, plan
 from common.reporting import leave_unread
 from common.rewards.scorer import ScoreMissing
-from common.run_dir import NotSaved
 from common.scoring.score import Job, score
 from common.serving.in_process import OpenJudge
 from common.serving.model import LocalJudge

@@ -1,18 +1,20 @@
-"""A checkpoint of either engine -> a Hugging Face folder that loads on its own."""
+"""A checkpoint of either engine -> a Hugging Face folder that loads on its own, a file at a time."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
 import ml_dtypes
 import numpy as np
 
-from common.run_dir import NotSaved, flush_to_disk, not_written
-from common.state_files import read_parameters, save_tensors
+from common.disk import NotSaved, flush_to_disk, not_written
+from common.state_files import SavedState, open_state, save_tensors
 
 # What travels with the weights, beside config.json.
 COMPANIONS = (
@@ -28,15 +30,15 @@ COMPANIONS = (
 # In each export: which checkpoint it is of. A folder without it is somebody's own and never replaced.
 MARKER = "safework_export.json"
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+FILE_BYTES = 5 * 10**9  # of tensors in one file, as long as one tensor is not larger
 
 
 def export_model(checkpoint: Path, source: Path, folder: Path, dtype: Literal["float32", "bfloat16"]) -> None:
     """Write the parameters of a checkpoint, cast to `dtype`, with all else from `source`, the model trained from.
 
-    Raises NotSaved when the disk refuses, and when `folder` holds anything but an earlier export; it then stays as it
-    was.
+    Raises NotSaved when the disk refuses, when the checkpoint cannot be read, and when `folder` holds anything but an
+    earlier export; it then stays as it was.
     """
-    parameters = read_parameters(checkpoint)
     folder = folder.expanduser().resolve()
     if not _may_be_replaced(folder):
         raise NotSaved(f"{folder}: exists and is no earlier export, so it stays as it is. Name another folder.")
@@ -44,10 +46,12 @@ def export_model(checkpoint: Path, source: Path, folder: Path, dtype: Literal["f
         if not folder.parent.exists():  # a file there is for the next line to name: mkdir would say that it exists
             folder.parent.mkdir(parents=True, exist_ok=True)
         # A place of its own beside the folder: another export may run at the same time.
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        scratch_folder = tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent)
+        with scratch_folder as scratch, open_state(checkpoint) as saved:
             new = Path(scratch) / "new"
             new.mkdir()
-            _write_folder(parameters, source, new, dtype)
+            _write_tensors(saved, new, dtype)
+            _write_companions(source, new, dtype)
             (new / MARKER).write_text(json.dumps({"checkpoint": checkpoint.name, "dtype": dtype}) + "\n")
             flush_to_disk(new)
             _put_in_place(new, folder, Path(scratch) / "old")
@@ -80,9 +84,36 @@ def exported_checkpoint(folder: Path) -> str | None:
     return json.loads(marker.read_text())["checkpoint"] if marker.is_file() else None
 
 
-def _write_folder(parameters: dict[str, np.ndarray], source: Path, folder: Path, dtype: str) -> None:
-    tensors = {name: array.astype(DTYPES[dtype], copy=False) for name, array in parameters.items()}
-    save_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
+def _write_tensors(saved: SavedState, folder: Path, dtype: str) -> None:
+    """The parameters, in one file or, as Hugging Face lays them out, in several with an index."""
+    size = np.dtype(DTYPES[dtype]).itemsize
+    groups = list(_files({name: size * math.prod(shape) for name, shape in saved.shapes.items()}))
+    weight_map = {}
+    for number, names in enumerate(groups, 1):
+        several = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
+        file = f"model{several}.safetensors"
+        tensors = {name: saved.read("model", name).astype(DTYPES[dtype], copy=False) for name in names}
+        save_tensors(tensors, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(groups) > 1:
+        total = sum(size * math.prod(shape) for shape in saved.shapes.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _files(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Names in order, in groups of at most FILE_BYTES or of one."""
+    names, total = [], 0
+    for name, size in sizes.items():
+        if names and total + size > FILE_BYTES:
+            yield names
+            names, total = [], 0
+        names.append(name)
+        total += size
+    yield names
+
+
+def _write_companions(source: Path, folder: Path, dtype: str) -> None:
     hf = json.loads((source / "config.json").read_text())
     # transformers loads in the dtype named here; it was `torch_dtype` before version 5.
     hf["torch_dtype" if "torch_dtype" in hf else "dtype"] = dtype

@@ -62,7 +62,7 @@ class Loop:
         self._reporter = reporter
 
     def run(self) -> LoopState:
-        """Train to the end or to an interrupt, from the newest checkpoint; returns the state that was saved last."""
+        """Train to the end or to an interrupt, from the newest checkpoint; returns the state that is saved last."""
         state = self._resume()
         if state.step == 0 and self._config.evaluation.at_ends:
             self._evaluate(state)
@@ -75,7 +75,7 @@ class Loop:
             # Read once, so that no signal can end the loop between the question and the save.
             stopping = self._run.stopping()
             if self._is_due(self._config.checkpoint.every, state.step) or last or stopping:
-                self._run.save(state, self._trainer.save)
+                self._run.save(state, self._trainer.snapshot)
         return state
 
     @staticmethod

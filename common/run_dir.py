@@ -6,53 +6,35 @@
     checkpoints/step-000010/                    complete exactly when it has this name
     export/           the trained model as a Hugging Face folder
 
-A checkpoint is written under another name, flushed to disk and renamed; only then are old ones removed. It remembers
-how long the record files were, so that a resumed run cuts off what a killed one wrote after it.
+A checkpoint is written under another name, each process its own part of it, flushed to disk and renamed; only then are
+old ones removed. It remembers how long the record files were, so that a resumed run cuts off what a killed one wrote
+after it.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from common.disk import NotSaved, not_locked, not_written, sync
+from common.state_files import note_file, read_manifest, seal
 from common.types import TrainBatch
 
 RECORDS = ("metrics.jsonl", "rollouts.jsonl", "evaluation.jsonl")
-STATE_FILE = "loop.json"
+_LOOK_S = 0.02  # between looks for the parts of other processes
 _STEP_NAME = re.compile(r"step-(\d{6,})")
-
-
-class NotSaved(RuntimeError):
-    """A file of the run folder is not what it should be, mostly because the disk refused a write; the message says
-    which one, what is safe, and what to do.
-    """
-
-
-def not_written(path: Path | str, error: OSError, then: str, safe: str = "") -> NotSaved:
-    """What to raise when the disk refused a write; `then`: what to do once that is mended, `safe`: what is not lost."""
-    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    remedy = "Make room on the disk" if is_full else "Mend that"
-    kept = f"; {safe}" if safe else ""
-    return NotSaved(f"{path}: could not be written ({error.strerror or error}){kept}. {remedy} and {then}.")
-
-
-def not_locked(path: Path, error: OSError) -> NotSaved:
-    """What to raise where a file system has no locks."""
-    return NotSaved(
-        f"{path}: cannot be kept to one process ({error.strerror or error}). Choose a path on another disk."
-    )
 
 
 @dataclass(frozen=True)
@@ -114,11 +96,13 @@ class RunDir:
         return self.checkpoint(step).with_suffix(".partial")
 
     def state(self) -> LoopState:
-        """The loop state of the newest complete checkpoint, or that of a run not yet begun."""
+        """The loop state of the newest complete checkpoint, or that of a run not yet begun. Raises NotSaved where its
+        manifest cannot be read.
+        """
         steps = self.saved_steps()
         if not steps:
             return LoopState()
-        return LoopState(**json.loads((self.checkpoint(steps[-1]) / STATE_FILE).read_text()))
+        return LoopState(**read_manifest(self.checkpoint(steps[-1]))["loop"])
 
     def rewind_records(self, state: LoopState) -> None:
         """Cut the record files back to where the state left them and remove half-written checkpoints; where no
@@ -128,7 +112,7 @@ class RunDir:
         """
         lengths = {self.path / name: state.record_bytes.get(name, 0) for name in RECORDS}
         for path, length in lengths.items():
-            if (path.stat().st_size if path.exists() else 0) < length:
+            if _length(path) < length:
                 raise NotSaved(
                     f"{path}: is shorter than the {length} bytes it had at the checkpoint of step {state.step}, so it "
                     "was changed or removed. Put it back, or start anew in another run.dir."
@@ -177,35 +161,58 @@ class RunDir:
 
     @contextmanager
     def saving(self, step: int) -> Iterator[Path]:
-        """The folder that another process makes for a checkpoint, to write into. Raises NotSaved."""
+        """The folder of a checkpoint that is not complete yet, to write a part of it into. Raises NotSaved."""
         try:
             yield self.unfinished(step)
         except OSError as error:
             raise self._not_saved(self.checkpoint(step), error) from error
 
-    def save(self, state: LoopState, write_engine: Callable[[Path], None], keep: int) -> None:
-        """Write a complete checkpoint of the loop state and whatever `write_engine` puts into the folder it is given.
+    def begin_checkpoint(self, state: LoopState) -> LoopState:
+        """Make the folder for the parts of a checkpoint; returns what its manifest is to hold: the state and how long
+        the record files are. Raises NotSaved.
+        """
+        with self.saving(state.step) as partial:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            lengths = {name: _length(self.path / name) for name in RECORDS}
+        return replace(state, record_bytes=lengths)
 
-        Raises NotSaved and leaves every earlier checkpoint as it was.
+    def complete_checkpoint(self, state: LoopState, count: int, keep: int, deadline_s: float) -> None:
+        """Wait for the parts of `count` processes, put the checkpoint in its place, and remove all but `keep`.
+
+        Raises NotSaved, with every earlier checkpoint as it was, when the disk refuses or a part does not come.
         """
         final, partial = self.checkpoint(state.step), self.unfinished(state.step)
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            write_engine(partial)
-            lengths = {name: _synced_length(self.path / name) for name in RECORDS}
-            (partial / STATE_FILE).write_text(json.dumps(asdict(state) | {"record_bytes": lengths}))
-            flush_to_disk(partial)
+            self._await_parts(partial, count, deadline_s)
+            for name in RECORDS:
+                if state.record_bytes[name]:
+                    sync(self.path / name)
+            seal(partial, count, asdict(state))
+            sync(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             sync(self.checkpoints)
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
             raise self._not_saved(final, error) from error
         for step in self.saved_steps()[:-keep]:
             # Renamed first: a folder that is half gone must not look complete.
             old = self.checkpoint(step).rename(self.unfinished(step))
             shutil.rmtree(old, ignore_errors=True)
+
+    def drop_unfinished(self, step: int) -> None:
+        """Remove what there is of a checkpoint that will not be complete: it may be what fills the disk."""
+        shutil.rmtree(self.unfinished(step), ignore_errors=True)
+
+    def _await_parts(self, partial: Path, count: int, deadline_s: float) -> None:
+        deadline = time.monotonic() + deadline_s
+        while missing := [index for index in range(count) if not note_file(partial, index, count).exists()]:
+            if time.monotonic() > deadline:
+                raise NotSaved(
+                    f"{partial}: no part of process {', '.join(map(str, missing))} after {deadline_s:.0f} s "
+                    "(run.deadline_s). Give it longer, and start the same command again."
+                )
+            time.sleep(_LOOK_S)
 
     def _not_saved(self, path: Path, error: OSError) -> NotSaved:
         steps = self.saved_steps()
@@ -219,24 +226,5 @@ def _free_name(path: Path) -> Path:
     return path if not path.exists() else next(name for name in names if not name.exists())
 
 
-def flush_to_disk(folder: Path) -> None:
-    """Return when everything in the folder is on the disk."""
-    for path in sorted(folder.rglob("*")):
-        sync(path)
-    sync(folder)
-
-
-def _synced_length(path: Path) -> int:
-    if not path.exists():
-        return 0
-    sync(path)
-    return path.stat().st_size
-
-
-def sync(path: Path) -> None:
-    """Return when a file, or what a folder lists, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _length(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

@@ -1,46 +1,151 @@
-"""The training state of either engine on disk: safetensors under Hugging Face names, fp32, bit for bit.
+"""The training state of either engine on disk: safetensors under Hugging Face names, fp32, bit for bit, and a manifest.
 
     model.safetensors           parameters
     first_moment.safetensors    AdamW's running mean of gradients
     second_moment.safetensors   AdamW's running mean of squared gradients
+    ema.safetensors             the average of the parameters, where the run keeps one
+    manifest.json               what each file holds and how long it is, the shape of each tensor, and the counters
 
-Each file's metadata holds the number of optimizer steps taken.
+Of several processes each writes its own slices and nobody has the whole: `model-00001-of-00002.safetensors` and so on,
+in which `model.norm.weight[0:8]` is the first eight elements of that tensor. The manifest is written last, once every
+element is there exactly once. Whoever reads takes the slices that it needs, in any other number of processes, on
+either engine.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-STEPS = "optimizer_steps"
-_FILES = {
-    "parameters": "model.safetensors",
-    "first_moment": "first_moment.safetensors",
-    "second_moment": "second_moment.safetensors",
-}
+from common.disk import NotSaved, sync, write_whole
+
+Kind = Literal["model", "first_moment", "second_moment", "ema"]
+Box = tuple[tuple[int, int], ...]  # start and stop in each dimension
+
+MANIFEST = "manifest.json"
+
+
+class Piece(NamedTuple):
+    """Part of a tensor: an array, where in the tensor it begins, and the shape of the whole tensor."""
+
+    array: np.ndarray
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def box(self) -> Box:
+        """Where in the tensor it lies."""
+        return tuple((first, first + size) for first, size in zip(self.start, self.array.shape, strict=True))
+
+
+def whole(array: np.ndarray) -> list[Piece]:
+    """A tensor in one piece."""
+    return [Piece(array, (0,) * array.ndim, array.shape)]
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Tensors by Hugging Face name, and the number of optimizer steps behind them."""
+    """What one process writes of a state: for each kind its pieces of tensors, fp32, by Hugging Face name; and the
+    number of optimizer steps behind it.
+    """
 
-    parameters: Mapping[str, np.ndarray]
-    first_moment: Mapping[str, np.ndarray]
-    second_moment: Mapping[str, np.ndarray]
+    tensors: Mapping[Kind, Mapping[str, Sequence[Piece]]]
     optimizer_steps: int
 
 
 def write_state(state: TrainingState, folder: Path) -> None:
-    """Write the three files into a folder that exists. Raises OSError when the disk does."""
-    for field, name in _FILES.items():
-        save_tensors(vars(state)[field], folder / name, {STEPS: str(state.optimizer_steps)})
+    """Write a state that one process has whole into a folder that exists. Raises OSError when the disk does."""
+    write_part(state, folder, 0, 1)
+    seal(folder, 1, {})
+
+
+def write_part(state: TrainingState, folder: Path, index: int, count: int) -> None:
+    """Write the pieces of process `index` of `count`, each kind in a file, and when they are on the disk a note of
+    them. Raises OSError when the disk does.
+    """
+    files = {}
+    for kind, tensors in state.tensors.items():
+        file = folder / _file_name(kind, index, count)
+        pieces = [(name, piece) for name, parts in tensors.items() for piece in parts]
+        save_tensors({_key(name, piece.box, piece.shape): piece.array for name, piece in pieces}, file, {})
+        sync(file)
+        files[kind] = file.stat().st_size
+    boxes: dict[str, list[Box]] = {}
+    for tensors in state.tensors.values():  # cut the same way in every kind
+        boxes |= {name: [piece.box for piece in parts] for name, parts in tensors.items() if parts}
+    shapes = {name: parts[0].shape for tensors in state.tensors.values() for name, parts in tensors.items() if parts}
+    note = {"bytes": files, "slices": boxes, "shapes": shapes, "optimizer_steps": state.optimizer_steps}
+    write_whole(note_file(folder, index, count), json.dumps(note))
+
+
+def note_file(folder: Path, index: int, count: int) -> Path:
+    """What a process leaves in a checkpoint's folder when its part is complete, until the manifest is written."""
+    return folder / f"part{_suffix(index, count)}.json"
+
+
+def seal(folder: Path, count: int, loop: Mapping[str, Any]) -> None:
+    """Check that the parts of all processes make up a state, and write its manifest in place of their notes.
+
+    loop: what the training loop remembers beside it, JSON-ready. Raises OSError when the disk does.
+    """
+    notes = [json.loads(note_file(folder, index, count).read_text()) for index in range(count)]
+    shapes: dict[str, list[int]] = {}
+    boxes: defaultdict[str, list[Box]] = defaultdict(list)
+    for note in notes:
+        assert note["optimizer_steps"] == notes[0]["optimizer_steps"], "processes are not at the same step"
+        for name, shape in note["shapes"].items():
+            assert shapes.setdefault(name, shape) == shape, f"processes disagree on the shape of {name}"
+            boxes[name] += note["slices"][name]
+    for name, shape in shapes.items():
+        assert _covers_once(shape, boxes[name]), f"the slices of {name} are not each of its elements once"
+    manifest = {
+        "loop": dict(loop),
+        "optimizer_steps": notes[0]["optimizer_steps"],
+        "shapes": shapes,
+        "parts": [{"bytes": note["bytes"], "slices": note["slices"]} for note in notes],
+    }
+    write_whole(folder / MANIFEST, json.dumps(manifest))
+    for index in range(count):
+        note_file(folder, index, count).unlink()
+
+
+def _covers_once(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
+    """Whether boxes cover each element of a tensor once and nothing outside it: counted on the grid of their edges."""
+    edges = [sorted({0, size, *(bound for box in boxes for bound in box[axis])}) for axis, size in enumerate(shape)]
+    if any(edge[0] != 0 or edge[-1] != size for edge, size in zip(edges, shape, strict=True)):
+        return False
+    counts = np.zeros([len(edge) - 1 for edge in edges], np.int64)
+    for box in boxes:
+        places = (slice(*(bisect_left(edge, b) for b in bounds)) for edge, bounds in zip(edges, box, strict=True))
+        counts[tuple(places)] += 1
+    return bool((counts == 1).all())
+
+
+def _suffix(index: int, count: int) -> str:
+    return "" if count == 1 else f"-{index + 1:05d}-of-{count:05d}"
+
+
+def _file_name(kind: Kind, index: int, count: int) -> str:
+    return f"{kind}{_suffix(index, count)}.safetensors"
+
+
+def _key(name: str, box: Box, shape: Sequence[int]) -> str:
+    """The name of a piece within a file: that of its tensor, and the slice where it is not all of it."""
+    if all(bounds == (0, size) for bounds, size in zip(box, shape, strict=True)):
+        return name
+    return f"{name}[{', '.join(f'{start}:{stop}' for start, stop in box)}]"
 
 
 def save_tensors(tensors: Mapping[str, np.ndarray], file: Path, metadata: dict[str, str]) -> None:
@@ -59,18 +164,92 @@ def save_tensors(tensors: Mapping[str, np.ndarray], file: Path, metadata: dict[s
 
 
 def drop_moments(folder: Path) -> None:
-    """Remove all but the parameters of what `write_state` wrote."""
-    for field in ("first_moment", "second_moment"):
-        (folder / _FILES[field]).unlink()
+    """Remove the moments from what `write_state` wrote; the parameters can still be read."""
+    for kind in ("first_moment", "second_moment"):
+        (folder / _file_name(kind, 0, 1)).unlink()
 
 
-def read_parameters(folder: Path) -> dict[str, np.ndarray]:
-    """The parameters alone of what `write_state` wrote."""
-    return load_file(folder / _FILES["parameters"])
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a complete state. Raises NotSaved where there is none that can be read."""
+    file = folder / MANIFEST
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        problem = "is not there, so this is no checkpoint, or one of an older version"
+    except ValueError as error:
+        problem = f"is damaged ({error})"
+    raise NotSaved(f"{file}: {problem}. {_remedy(folder)}")
 
 
-def read_state(folder: Path) -> TrainingState:
-    """Read what `write_state` wrote."""
-    with safe_open(folder / _FILES["parameters"], "np") as file:
-        steps = int(file.metadata()[STEPS])
-    return TrainingState(**{field: load_file(folder / name) for field, name in _FILES.items()}, optimizer_steps=steps)
+def _remedy(folder: Path) -> str:
+    return f"Put it back, or remove {folder}: the run then goes on from the checkpoint before it."
+
+
+class SavedState:
+    """A state on disk, of which tensors and parts of tensors can be read; see `open_state`.
+
+    shapes: of all tensors, by name, the same for every kind. kinds: those that it has.
+    """
+
+    def __init__(self, folder: Path, files: ExitStack) -> None:
+        manifest = read_manifest(folder)
+        self.optimizer_steps: int = manifest["optimizer_steps"]
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
+        self.kinds = [kind for kind in get_args(Kind) if kind in manifest["parts"][0]["bytes"]]
+        self._folder, self._files, self._parts = folder, files, manifest["parts"]
+        self._opened: dict[str, Any] = {}
+        self._slices: defaultdict[str, list[tuple[int, Box]]] = defaultdict(list)
+        for index, part in enumerate(self._parts):
+            for name, boxes in part["slices"].items():
+                self._slices[name] += [(index, tuple(map(tuple, box))) for box in boxes]
+
+    def read(self, kind: Kind, name: str, part: tuple[slice, ...] = ()) -> np.ndarray:
+        """A tensor, or the part of it between the bounds of the slices given for its first dimensions: a new array.
+
+        Raises NotSaved for a file that is missing, damaged or not as long as it was written.
+        """
+        shape = self.shapes[name]
+        padded = (*part, *[slice(None)] * (len(shape) - len(part)))
+        wanted: Box = tuple(cut.indices(size)[:2] for cut, size in zip(padded, shape, strict=True))
+        parts = []
+        for index, box in self._slices[name]:
+            shared = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(wanted, box, strict=True))
+            if all(start < stop for start, stop in shared):
+                file, key = self._open(kind, index), _key(name, box, shape)
+                array = file.get_tensor(key) if shared == box else file.get_slice(key)[_within(box, shared)]
+                if shared == wanted:
+                    return array
+                parts.append((_within(wanted, shared), array))
+        found = np.empty([stop - start for start, stop in wanted], parts[0][1].dtype if parts else np.float32)
+        for place, array in parts:
+            found[place] = array
+        return found
+
+    def _open(self, kind: Kind, index: int) -> Any:
+        name = _file_name(kind, index, len(self._parts))
+        if name not in self._opened:
+            path, size = self._folder / name, self._parts[index]["bytes"][kind]
+            try:
+                if path.stat().st_size != size:
+                    raise self._unreadable(path, f"has {path.stat().st_size} bytes where {size} were written")
+                self._opened[name] = self._files.enter_context(safe_open(path, "np"))
+            except FileNotFoundError:
+                raise self._unreadable(path, "is not there") from None
+            except SafetensorError as error:
+                raise self._unreadable(path, f"is damaged ({error})") from None
+        return self._opened[name]
+
+    def _unreadable(self, path: Path, problem: str) -> NotSaved:
+        return NotSaved(f"{path}: {problem}. {_remedy(self._folder)}")
+
+
+def _within(outer: Box, inner: Box) -> tuple[slice, ...]:
+    """Where a box lies in another one around it."""
+    return tuple(slice(a - start, b - start) for (start, _), (a, b) in zip(outer, inner, strict=True))
+
+
+@contextmanager
+def open_state(folder: Path) -> Iterator[SavedState]:
+    """What `seal` has completed in a folder, open for reading. Raises NotSaved where that cannot be read."""
+    with ExitStack() as files:
+        yield SavedState(folder, files)

@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 from typing import Any
 
+from common.disk import NotSaved
 from common.interrupt import Interrupt
 from common.run_dir import LoopState, RunDir
+from common.state_files import TrainingState, write_part
 from common.team import Team
 from common.types import TrainBatch
 
 
 class TeamRun:
-    """The run folder of every process of a team, on a disk that they share."""
+    """The run folder of every process of a team, on a disk that they share. Use as a context around the loop.
 
-    def __init__(self, run_dir: RunDir, team: Team, interrupt: Interrupt, keep: int) -> None:
-        self._run_dir, self._team, self._interrupt, self._keep = run_dir, team, interrupt, keep
+    A checkpoint is written beside the training that goes on, one at a time: the next one, the end of the run and an
+    error wait for it, a second Ctrl-C does not. It is complete when the last process has written its part, and counts
+    from then on; what ends the run before leaves the one before it.
+    """
+
+    def __init__(self, run_dir: RunDir, team: Team, interrupt: Interrupt, keep: int, deadline_s: float) -> None:
+        self._run_dir, self._team, self._interrupt = run_dir, team, interrupt
+        self._keep, self._deadline_s = keep, deadline_s
+        self._pool = ThreadPool(1)  # of daemons: no process lives on for it
+        self._saving: AsyncResult[None] | None = None
+
+    def __enter__(self) -> TeamRun:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        if kind is None:
+            self._wait()
+            self._team.exchange(None, "the last checkpoint")
+        elif self._saving is not None and issubclass(kind, Exception):
+            self._saving.wait()
 
     def resume(self) -> tuple[LoopState, Path]:
         """The state of the newest complete checkpoint, to which the records are cut back, and its folder."""
@@ -27,7 +48,12 @@ class TeamRun:
         return state, self._run_dir.checkpoint(state.step)
 
     def stopping(self) -> bool:
-        """Whether one of the processes has been asked to stop; then all do, after the same step."""
+        """Whether one of the processes has been asked to stop; then all do, after the same step.
+
+        Raises NotSaved when a checkpoint could not be written meanwhile.
+        """
+        if self._saving is not None and self._saving.ready():
+            self._wait()
         return any(self._team.exchange(self._interrupt.requested, "the next step"))
 
     def record(self, name: str, records: Iterable[dict[str, Any]]) -> None:
@@ -35,23 +61,35 @@ class TeamRun:
         if self._team.leads:
             self._run_dir.append(name, records)
 
-    def save(self, state: LoopState, write_engine: Callable[[Path], None]) -> None:
-        """A complete checkpoint: the loop's state, and the parts that the engine of each process writes.
+    def save(self, state: LoopState, snapshot: Callable[[], TrainingState]) -> None:
+        """Begin a checkpoint: the loop's state, and what each process's engine has of the training state now.
 
-        Raises NotSaved and leaves every earlier checkpoint as it was.
+        Raises NotSaved when it cannot be begun, or the one before could not be written; every earlier checkpoint then
+        is as it was.
         """
-
-        def write_together(folder: Path) -> None:
-            self._team.exchange(None, f"the new folder {folder}")
-            write_engine(folder)
-            self._team.exchange(None, f"all parts of {folder}")
-
+        self._wait()
         if self._team.leads:
-            self._run_dir.save(state, write_together, self._keep)
-        else:
+            state = self._run_dir.begin_checkpoint(state)
+        self._team.exchange(None, f"the new folder of step {state.step}")
+        self._saving = self._pool.apply_async(self._write, (state, snapshot()))
+
+    def _write(self, state: LoopState, part: TrainingState) -> None:
+        count = len(self._team.places)
+        try:
             with self._run_dir.saving(state.step) as folder:
-                write_together(folder)
-        self._team.exchange(None, f"the checkpoint of step {state.step}")
+                write_part(part, folder, self._team.index, count)
+            if self._team.leads:
+                self._run_dir.complete_checkpoint(state, count, self._keep, self._deadline_s)
+        except NotSaved:
+            if self._team.leads:
+                self._run_dir.drop_unfinished(state.step)
+            raise
+
+    def _wait(self) -> None:
+        """Return when no checkpoint is being written. Raises NotSaved when one could not be."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.get()
 
     def keep_batch(self, batch: TrainBatch, step: int) -> Path:
         """Keep a batch that could not be trained on, as an .npz of its arrays; returns the file. Raises NotSaved."""

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from common.state_files import TrainingState
 from common.types import FinishReason, TrainBatch
 
 
@@ -69,15 +70,18 @@ class PolicyTrainer(Protocol):
         """G responses for each prompt, in the order of the prompts and of their uniforms."""
         ...
 
-    def save(self, directory: Path) -> None:
-        """Write parameters and optimizer moments into a folder that exists, as `common/state_files.py` lays them out.
-
-        Raises OSError when the disk does.
+    def snapshot(self) -> TrainingState:
+        """A copy, in host memory, of what this process writes of parameters and optimizer moments: what it has of them
+        and no process before it has. No later update changes it.
         """
         ...
 
     def restore(self, directory: Path) -> None:
-        """Read back what `save` wrote, bit for bit."""
+        """Take over a state that `common/state_files.py` holds, bit for bit, from any number of processes and either
+        engine; only what this process has of it is read.
+
+        Raises NotSaved where it cannot be read.
+        """
         ...
 
     def peak_memory_gib(self) -> float:

@@ -50,8 +50,8 @@ def train(loaded: LoadedConfig, open_trainer: OpenTrainer, open_judge: OpenJudge
         with closing(data.recipe), Interrupt("step") as interrupt, Reporter(config, start.step, team.leads) as reporter:
             begun = f"resuming after step {start.step}" if start.step else "beginning"
             reporter.say(f"{run_dir.path}: {begun}, {config.run.steps} steps on {config.backend.name}")
-            run = TeamRun(run_dir, team, interrupt, config.checkpoint.keep)
-            state = Loop(config, trainer, data, sampler, scorer, run, reporter).run()
+            with TeamRun(run_dir, team, interrupt, config.checkpoint.keep, config.run.deadline_s) as run:
+                state = Loop(config, trainer, data, sampler, scorer, run, reporter).run()
         if team.leads:
             _end(run_dir, state.step, policy, config.run.steps, command)
         return 0 if state.step == config.run.steps else INTERRUPTED

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import optax
 
-from common.state_files import TrainingState, read_state, write_state
+from common.state_files import Kind, Piece, SavedState, TrainingState, open_state, whole
 from safework_jax.models.decoder.names import is_stacked, tensor_names
 from safework_jax.optimizer import step_count
 from safework_jax.sharding import host, parameter_path, place
@@ -20,8 +20,8 @@ def named(tree: Any, num_layers: int) -> dict[str, np.ndarray]:
     """A parameter-shaped tree as host arrays under Hugging Face names, without copies where the device is the host."""
     arrays: dict[str, np.ndarray] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        text, whole = parameter_path(path), host(leaf)
-        parts = whole if is_stacked(text) else [whole]
+        text, found = parameter_path(path), host(leaf)
+        parts = found if is_stacked(text) else [found]
         arrays |= dict(zip(tensor_names(text, num_layers), parts, strict=True))
     return arrays
 
@@ -37,18 +37,58 @@ def stacked(arrays: Mapping[str, np.ndarray], like: Any, num_layers: int) -> Any
     return jax.tree_util.tree_map_with_path(leaf, like)
 
 
-def save_state(params: Any, moments: optax.ScaleByAdamState, num_layers: int, folder: Path) -> None:
-    """Write parameters and AdamW moments into a folder: every process gives its shards, the first one writes. Raises
-    OSError when the disk does.
-    """
-    weights, first, second = (named(tree, num_layers) for tree in (params, moments.mu, moments.nu))
-    if jax.process_index() == 0:
-        write_state(TrainingState(weights, first, second, int(np.asarray(moments.count))), folder)
+def snapshot(params: Any, moments: optax.ScaleByAdamState, num_layers: int) -> TrainingState:
+    """A copy of this process's shards of parameters and moments; none of a shard that a process before it has too."""
+    kinds: dict[Kind, Any] = {"model": params, "first_moment": moments.mu, "second_moment": moments.nu}
+    return TrainingState(
+        {kind: _pieces(tree, num_layers) for kind, tree in kinds.items()}, int(np.asarray(moments.count))
+    )
+
+
+def _pieces(tree: Any, num_layers: int) -> dict[str, list[Piece]]:
+    pieces: dict[str, list[Piece]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        text = parameter_path(path)
+        own = list(_own_pieces(leaf))
+        if not is_stacked(text):
+            pieces[tensor_names(text, num_layers)[0]] = own
+            continue
+        for layer, name in enumerate(tensor_names(text, num_layers)):
+            pieces[name] = [Piece(array[layer], start[1:], shape[1:]) for array, start, shape in own]
+    return pieces
+
+
+def _own_pieces(leaf: jax.Array) -> Iterator[Piece]:
+    """Copies of what this process has of an array and is the first to have: the next update overwrites the array."""
+    if leaf.is_fully_addressable:
+        yield from whole(np.array(leaf))
+        return
+    for shard in leaf.addressable_shards:
+        if shard.replica_id == 0:
+            start = tuple(part.start or 0 for part in shard.index)
+            yield Piece(np.array(shard.data), start, leaf.shape)
 
 
 def restore_state(params: Any, num_layers: int, folder: Path) -> tuple[Any, optax.ScaleByAdamState]:
-    """Parameters and moments as `save_state` wrote them, placed like `params`."""
-    state = read_state(folder)
-    first, second = (stacked(arrays, params, num_layers) for arrays in (state.first_moment, state.second_moment))
-    count = step_count(params, state.optimizer_steps)
-    return stacked(state.parameters, params, num_layers), optax.ScaleByAdamState(count, first, second)
+    """Parameters and moments out of a saved state, placed like `params`; only what this process holds is read. Raises
+    NotSaved where it cannot be.
+    """
+    with open_state(folder) as saved:
+        trees = [_read(params, kind, num_layers, saved) for kind in ("model", "first_moment", "second_moment")]
+        return trees[0], optax.ScaleByAdamState(step_count(params, saved.optimizer_steps), *trees[1:])
+
+
+def _read(like: Any, kind: Kind, num_layers: int, saved: SavedState) -> Any:
+    def leaf(path: tuple[Any, ...], target: jax.Array) -> jax.Array:
+        text = parameter_path(path)
+        names = tensor_names(text, num_layers)
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            if not is_stacked(text):
+                return saved.read(kind, names[0], index)
+            return np.stack([saved.read(kind, name, index[1:]) for name in names[index[0]]])
+
+        return jax.make_array_from_callback(target.shape, target.sharding, part)
+
+    return jax.tree_util.tree_map_with_path(leaf, like)

@@ -16,10 +16,11 @@ import numpy as np
 
 from common.algorithms.objective import Sums, TokenArrays, add_sums, objective, update_record
 from common.config import LossConfig, RunConfig
+from common.state_files import TrainingState
 from common.trainer import NonFiniteUpdate, Response, Sampling, SamplingPrompt
 from common.types import TrainBatch
 from safework_jax import optimizer, programs
-from safework_jax.checkpoint import named, restore_state, save_state, stacked
+from safework_jax.checkpoint import named, restore_state, snapshot, stacked
 from safework_jax.config import JaxSection
 from safework_jax.model import load_model
 from safework_jax.models.decoder.config import DecoderConfig
@@ -117,12 +118,12 @@ class JaxTrainer:
         tree = stacked(gradients, self._params, self._program.model.num_layers)
         self._step(tree, optimizer.global_norm(tree), learning_rate)
 
-    def save(self, directory: Path) -> None:
+    def snapshot(self) -> TrainingState:
         """Parameters and moments; see PolicyTrainer."""
-        save_state(self._params, self._moments, self._program.model.num_layers, directory)
+        return snapshot(self._params, self._moments, self._program.model.num_layers)
 
     def restore(self, directory: Path) -> None:
-        """What `save` wrote; see PolicyTrainer."""
+        """What either engine has saved; see PolicyTrainer."""
         self._params, self._moments = restore_state(self._params, self._program.model.num_layers, directory)
 
     def peak_memory_gib(self) -> float:

@@ -5,39 +5,45 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from common.state_files import TrainingState, read_state, write_state
+from common.state_files import Kind, Piece, SavedState, TrainingState, open_state
 from safework_torch.optimizer import AdamW
-from safework_torch.processes import own_rows
-from safework_torch.sharding import full, shard_like
+from safework_torch.sharding import is_first_copy, local, own_part
 
 
-def save_state(optimizer: AdamW, folder: Path) -> None:
-    """Write parameters and AdamW moments into a folder: every process gives its shards, the first one writes. Raises
-    OSError when the disk does.
-    """
-    tensors = (optimizer.named, optimizer.first_moment, optimizer.second_moment)
-    weights, first, second = map(_host, tensors)
-    if own_rows().number == 0:
-        write_state(TrainingState(weights, first, second, optimizer.steps), folder)
+def snapshot(optimizer: AdamW) -> TrainingState:
+    """A copy of this process's shards of parameters and moments; none of a shard that a process before it has too."""
+    return TrainingState({kind: _pieces(tensors) for kind, tensors in _kinds(optimizer).items()}, optimizer.steps)
 
 
-def _host(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    return {name: full(tensor.detach()).cpu().numpy() for name, tensor in tensors.items()}
+def _kinds(optimizer: AdamW) -> dict[Kind, Mapping[str, Tensor]]:
+    return {
+        "model": optimizer.named,
+        "first_moment": optimizer.first_moment,
+        "second_moment": optimizer.second_moment,
+    }
+
+
+def _pieces(tensors: Mapping[str, Tensor]) -> dict[str, list[Piece]]:
+    pieces = {}
+    for name, tensor in tensors.items():
+        own, start = local(tensor.detach()), tuple(part.start for part in own_part(tensor))
+        writes = own.numel() > 0 and is_first_copy(tensor)
+        pieces[name] = [Piece(own.to("cpu", copy=True).numpy(), start, tuple(tensor.shape))] if writes else []
+    return pieces
 
 
 @torch.no_grad()
 def restore_state(optimizer: AdamW, folder: Path) -> None:
-    """Read back what `save_state` wrote."""
-    state = read_state(folder)
-    for targets, arrays in (
-        (optimizer.named, state.parameters),
-        (optimizer.first_moment, state.first_moment),
-        (optimizer.second_moment, state.second_moment),
-    ):
-        for name, tensor in targets.items():
-            tensor.copy_(shard_like(torch.from_numpy(arrays[name]).to(tensor.device), tensor))
-    optimizer.steps = state.optimizer_steps
+    """Read the parts of a saved state that this process holds. Raises NotSaved where it cannot be read."""
+    with open_state(folder) as saved:
+        for kind, tensors in _kinds(optimizer).items():
+            _fill(tensors, kind, saved)
+        optimizer.steps = saved.optimizer_steps
+
+
+def _fill(tensors: Mapping[str, Tensor], kind: Kind, saved: SavedState) -> None:
+    for name, tensor in tensors.items():
+        local(tensor).copy_(torch.from_numpy(saved.read(kind, name, own_part(tensor))))

@@ -143,6 +143,23 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own_part(tensor: Tensor) -> tuple[slice, ...]:
+    """Which part of the whole weight `local` is."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, size) for size in tensor.shape)
+    [chunk] = tensor.__create_chunk_list__()
+    return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
+
+
+def is_first_copy(tensor: Tensor) -> bool:
+    """Whether this process is the first of those that hold the same part of a weight."""
+    if not isinstance(tensor, DTensor):
+        return True
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None, "every process is in the mesh"
+    return all(place == 0 for place, how in zip(coordinate, tensor.placements, strict=True) if how.is_replicate())
+
+
 def shard_like(whole: Tensor, target: Tensor) -> Tensor:
     """This process's part of a tensor that all have whole, laid out as `target` is."""
     if not isinstance(target, DTensor):

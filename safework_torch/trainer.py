@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 
 from common.algorithms.objective import Sums, TokenArrays, add_sums, objective, update_record
 from common.config import ConfigError, LossConfig, RunConfig
+from common.state_files import TrainingState
 from common.trainer import NonFiniteUpdate, Response, Sampling, SamplingPrompt
 from common.types import TrainBatch
 from safework_torch.attention import fast_kernels
-from safework_torch.checkpoint import restore_state, save_state
+from safework_torch.checkpoint import restore_state, snapshot
 from safework_torch.config import TorchSection
 from safework_torch.model import Microbatch, load_model, microbatch, packed_logprobs, prepare_layers
 from safework_torch.optimizer import AdamW
@@ -138,12 +139,12 @@ class TorchTrainer:
             parameter.grad = shard_like(torch.from_numpy(gradients[name]).to(self._device), parameter)
         self._step(self._optimizer.gradient_norm(), learning_rate)
 
-    def save(self, directory: Path) -> None:
+    def snapshot(self) -> TrainingState:
         """Parameters and moments; see PolicyTrainer."""
-        save_state(self._optimizer, directory)
+        return snapshot(self._optimizer)
 
     def restore(self, directory: Path) -> None:
-        """What `save` wrote; see PolicyTrainer."""
+        """What either engine has saved; see PolicyTrainer."""
         restore_state(self._optimizer, directory)
         self._policy.follow_masters()
 

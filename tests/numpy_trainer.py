@@ -24,7 +24,7 @@ from common.config import LoadedConfig, RunConfig
 from common.config.method import LossConfig
 from common.engine_main import Engine, run_verb
 from common.serving.model import LocalJudge
-from common.state_files import TrainingState, read_state, write_state
+from common.state_files import Kind, Piece, TrainingState, open_state
 from common.trainer import NonFiniteUpdate, Response, Sampling, SamplingPrompt
 from common.types import TrainBatch
 from tests.adamw import Reference as AdamW
@@ -205,24 +205,30 @@ class NumpyTrainer:
         ends = np.exp(log_all).cumsum(axis=1)
         return [[_respond(prompt, row, log_all, ends, sampling) for row in prompt.uniforms] for prompt in prompts]
 
-    def save(self, directory: Path) -> None:
-        """Table and moments; see PolicyTrainer."""
-        rule, zeros = self._optimizer, {TABLE: np.zeros_like(self.table)}
-        state = TrainingState(rule.parameters, rule.first or zeros, rule.second or zeros, rule.steps)
-        if os.environ.get("RANK", "0") == "0":  # every process of a run has the same
-            write_state(state, directory)
+    def snapshot(self) -> TrainingState:
+        """Table and moments: of a run's processes, which all have them, each gives some rows. See PolicyTrainer."""
+        rule, zeros = self._optimizer, np.zeros_like(self.table)
+        arrays = {kind: tensors.get(TABLE, zeros) for kind, tensors in _kinds(rule).items()}
+        index, count = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+        start, stop = CLASSES * index // count, CLASSES * (index + 1) // count
+        pieces = {kind: Piece(array[start:stop].copy(), (start, 0), array.shape) for kind, array in arrays.items()}
+        return TrainingState({kind: {TABLE: [piece]} for kind, piece in pieces.items()}, rule.steps)
 
     def restore(self, directory: Path) -> None:
-        """What `save` wrote; see PolicyTrainer."""
-        state, rule = read_state(directory), self._optimizer
-        rule.parameters, rule.first, rule.second = map(
-            dict, (state.parameters, state.first_moment, state.second_moment)
-        )
-        rule.steps = state.optimizer_steps
+        """A saved table and its moments; see PolicyTrainer."""
+        rule = self._optimizer
+        with open_state(directory) as saved:
+            for kind, tensors in _kinds(rule).items():
+                tensors[TABLE] = saved.read(kind, TABLE)
+            rule.steps = saved.optimizer_steps
 
     def peak_memory_gib(self) -> float:
         """Peak of resident memory."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _kinds(rule: AdamW) -> dict[Kind, dict[str, np.ndarray]]:
+    return {"model": rule.parameters, "first_moment": rule.first, "second_moment": rule.second}
 
 
 def _classes(batch: TrainBatch) -> np.ndarray:

@@ -26,6 +26,7 @@ from tests.training import (
     random_sequences,
     response_places,
     sampling_rule,
+    save,
     saved_state,
 )
 
@@ -189,7 +190,7 @@ def trainer_states(trainer: ParityTrainer, batches: Sequence[TrainBatch], folder
 
 def _saved(trainer: ParityTrainer, folder: Path) -> dict[str, np.ndarray]:
     folder.mkdir(parents=True)
-    trainer.save(folder)
+    save(trainer, folder)
     return saved_state(folder)
 
 

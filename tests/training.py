@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from common.config.run import BatchSection
 from common.data.batching import TrainSequence, pack
-from common.trainer import Response, Sampling, SamplingPrompt
+from common.state_files import open_state, write_state
+from common.trainer import PolicyTrainer, Response, Sampling, SamplingPrompt
 from common.types import TrainBatch
 
 ROOT = Path(__file__).parents[1]
-STATE_FILES = ("model.safetensors", "first_moment.safetensors", "second_moment.safetensors")
 
 
 def write_data(file: Path) -> Path:
@@ -123,6 +122,12 @@ def answered(prompts: Sequence[SamplingPrompt], responses: Sequence[Sequence[Res
     ]
 
 
+def save(trainer: PolicyTrainer, folder: Path) -> None:
+    """The state of a trainer in one process, complete in a folder that exists."""
+    write_state(trainer.snapshot(), folder)
+
+
 def saved_state(folder: Path) -> dict[str, np.ndarray]:
-    """All arrays of a saved training state, by `file/tensor`."""
-    return {f"{file}/{name}": array for file in STATE_FILES for name, array in load_file(folder / file).items()}
+    """All arrays of a saved training state, by `kind/tensor`."""
+    with open_state(folder) as saved:
+        return {f"{kind}/{name}": saved.read(kind, name) for kind in saved.kinds for name in saved.shapes}

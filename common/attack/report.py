@@ -16,10 +16,10 @@ from common.config.judging import JudgeSection
 from common.config.load import LoadedConfig
 from common.config.section import ConfigError, Section
 from common.config.sentences import sentence
+from common.disk import not_written
 from common.rewards.judges.judge import Judge
 from common.rewards.judges.question import FORM
 from common.rewards.recipe import Recipe
-from common.run_dir import not_written
 
 _FILE, _LIMIT = "rewards.attack_report", "rewards.max_attack_gain"
 _AGAIN = "Run safework attack with this config again, on all cases."

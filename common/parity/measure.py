@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from common.config import RunConfig
 from common.config.method import LossConfig
 from common.parity.recording import NOISE, batches, off_policy
-from common.state_files import drop_moments, save_tensors
+from common.state_files import drop_moments, save_tensors, write_state
 from common.trainer import PolicyTrainer, Sampling, SamplingPrompt
 from common.types import TrainBatch
 
@@ -99,15 +99,15 @@ def _recorded_prompts(batch: TrainBatch) -> Iterator[np.ndarray]:
 def _steps(trainer: ParityTrainer, recorded: list[TrainBatch], loss: LossConfig, gradients: Path, folder: Path) -> None:
     """The rungs that move the weights, each from the same start. Moments that no rung reads leave the disk at once."""
     start = _folder(folder / "start")
-    trainer.save(start)
+    write_state(trainer.snapshot(), start)
     trainer.update(recorded[0], LEARNING_RATE)
-    trainer.save(_folder(folder / "live-gradients"))
+    write_state(trainer.snapshot(), _folder(folder / "live-gradients"))
     drop_moments(folder / "live-gradients")
     trainer.restore(start)
     shared = load_file(gradients)
     for step in range(OPTIMIZER_STEPS):
         trainer.apply_gradients(_varied(shared, step), LEARNING_RATE)
-    trainer.save(_folder(folder / "same-gradients"))
+    write_state(trainer.snapshot(), _folder(folder / "same-gradients"))
     trainer.restore(start)
     drop_moments(start)
     (folder / "curve.json").write_text(json.dumps(_curve(trainer, recorded, loss), indent=1))

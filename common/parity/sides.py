@@ -7,11 +7,11 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from common.config import LoadedConfig
+from common.disk import not_written
 from common.experiment import load_data, open_chat, policy_folder
 from common.parity.measure import ParityTrainer, measure
 from common.parity.recording import record
 from common.rollout.sampler import RolloutSampler
-from common.run_dir import not_written
 from common.serving.in_process import OpenJudge
 
 OpenTrainer = Callable[[LoadedConfig, Path, Path | None], ParityTrainer]

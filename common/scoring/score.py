@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import ConfigError, LoadedConfig
+from common.disk import not_written
 from common.interrupt import INTERRUPTED, Interrupt
 from common.reporting import CountingProgress, UnwatchedConsole
 from common.rewards.recipe import Recipe
 from common.rewards.scorer import ScoreMissing, Scorer, what_is_missing
-from common.run_dir import not_written
 from common.scoring.entries import Entry, Reader
 from common.scoring.naming import Naming
 from common.scoring.scores_file import Line, Name, ScoresFile, one_of_each

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.config import ConfigError
-from common.run_dir import NotSaved, not_locked, not_written, sync
+from common.disk import NotSaved, not_locked, not_written, sync
 from common.types import Asked, Missing, Score
 
 _BEGIN = re.compile(rb'\{"key": "[0-9a-f]{16}", "id": "')  # of each line, and of what was torn off

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from common.data.chat import Chat
+from common.disk import NotSaved
 from common.export import MARKER, export_model, exported_checkpoint
-from common.run_dir import NotSaved
-from common.state_files import TrainingState, write_state
+from common.state_files import TrainingState, whole, write_state
 from common.types import Message
 from tests.full_disk import limited_files, small_disk
 from tests.tiny import make_model
@@ -27,7 +27,7 @@ from tests.tiny import make_model
 def checkpoint(folder: Path, **tensors: np.ndarray) -> Path:
     """Trained parameters, as a trainer saves them."""
     folder.mkdir(exist_ok=True)
-    write_state(TrainingState(tensors, tensors, tensors, 3), folder)
+    write_state(TrainingState({"model": {name: whole(array) for name, array in tensors.items()}}, 3), folder)
     return folder
 
 
@@ -120,7 +120,7 @@ def test_full_disk_leaves_the_earlier_export_alone(
 
 
 def test_a_lost_checkpoint_is_not_blamed_on_the_disk(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(NotSaved, match=r"manifest\.json: is not there, so this is no checkpoint"):
         export_model(tmp_path / "nowhere", source, tmp_path / "out", "float32")
     assert not (tmp_path / "out").exists()
 

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from common.algorithms.schedule import learning_rate
 from common.config import load_config
 from common.run_dir import LoopState, RunDir
+from common.state_files import TrainingState, whole, write_part
 from tests.numpy_run import Trained, train
 from tests.runs import lowercase_run, read_lines, saved_steps, untimed
 
@@ -180,7 +181,7 @@ def test_weights_that_are_not_finite_stop_before_anything_is_recorded(
     weights = folder / "checkpoints" / "step-000004" / "model.safetensors"
     table = load_file(weights)["table"].copy()
     table[:, 100] = np.nan
-    save_file({"table": table}, weights, {"optimizer_steps": "4"})
+    save_file({"table": table}, weights)
     run = train(run_file, "run.steps=6")
     assert run.status == 1
     assert "error: step 4: the policy's logprobs of a response to prompt 'p" in capsys.readouterr().err
@@ -192,13 +193,12 @@ def test_weights_that_are_not_finite_stop_before_anything_is_recorded(
 def test_the_newest_checkpoints_stay_and_none_goes_before_a_newer_is_complete(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
     stood: list[list[int]] = []
-
-    def write_engine(folder: Path) -> None:
-        stood.append(saved_steps(tmp_path))
-        (folder / "weights").write_bytes(b"all of them")
-
+    part = TrainingState({"model": {"w": whole(np.ones(3, np.float32))}}, 1)
     for step in range(1, 5):
-        run_dir.save(LoopState(step=step), write_engine, keep=2)
+        state = run_dir.begin_checkpoint(LoopState(step=step))
+        write_part(part, run_dir.unfinished(step), 0, 1)
+        stood.append(saved_steps(tmp_path))
+        run_dir.complete_checkpoint(state, count=1, keep=2, deadline_s=1.0)
     assert stood == [[], [1], [1, 2], [2, 3]]
     assert run_dir.saved_steps() == [3, 4]
     assert sorted(path.name for path in run_dir.checkpoints.iterdir()) == ["step-000003", "step-000004"]

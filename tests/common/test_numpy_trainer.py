@@ -16,7 +16,7 @@ from tests.common.algorithms.batches import token_arrays
 from tests.common.algorithms.probe import gradient
 from tests.numpy_trainer import NumpyTrainer, loss_and_slopes
 from tests.runs import lowercase_run
-from tests.training import packed, random_sequences
+from tests.training import packed, random_sequences, save
 
 VOCABULARY = 320
 TYPES = get_args(LossConfig.model_fields["type"].annotation)
@@ -55,7 +55,7 @@ def test_saved_state_goes_on_bit_for_bit(config: RunConfig, tmp_path: Path) -> N
     batch = packed(random_sequences(4))
     trainer, restored = NumpyTrainer(config, VOCABULARY), NumpyTrainer(config, VOCABULARY)
     trainer.update(batch, 0.1)
-    trainer.save(tmp_path)
+    save(trainer, tmp_path)
     restored.restore(tmp_path)
     assert trainer.update(batch, 0.1) == restored.update(batch, 0.1)
     np.testing.assert_array_equal(trainer.table, restored.table)

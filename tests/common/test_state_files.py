@@ -1,9 +1,12 @@
-"""Training state comes back bit for bit, from files that any safetensors reader opens; a full disk is an OSError."""
+"""Training state comes back bit for bit, from files that any safetensors reader opens, in any number of parts; a state
+that is not whole is an error in a sentence, a full disk an OSError.
+"""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -14,70 +17,139 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors import safe_open
 
-from common.state_files import STEPS, TrainingState, read_parameters, read_state, write_state
+from common.disk import NotSaved
+from common.state_files import MANIFEST, Piece, TrainingState, open_state, seal, whole, write_part, write_state
 from tests.full_disk import limited_files, small_disk
 
-FILES = ["first_moment.safetensors", "model.safetensors", "second_moment.safetensors"]
-FIELDS = ("parameters", "first_moment", "second_moment")
+FILES = ["first_moment.safetensors", MANIFEST, "model.safetensors", "second_moment.safetensors"]
+KINDS = ("model", "first_moment", "second_moment")
 
 # Every bit pattern: subnormals, infinities, and not-a-numbers with whatever they carry.
 BITS = hnp.arrays(np.uint32, hnp.array_shapes(min_dims=0, max_dims=3, max_side=4))
 TENSORS = st.dictionaries(st.sampled_from(["model.norm.weight", "a.b", "lm_head.weight"]), BITS, min_size=1)
 
 
-def as_floats(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: bits.view(np.float32) for name, bits in tensors.items()}
+def state_of(tensors: Mapping[str, np.ndarray], steps: int = 7) -> TrainingState:
+    """Moments are the parameters in another order of their bytes: told apart, and of the same shapes."""
+    pieces = {name: whole(array) for name, array in tensors.items()}
+    others = {name: whole(array.byteswap()) for name, array in tensors.items()}
+    return TrainingState({"model": pieces, "first_moment": others, "second_moment": pieces}, steps)
 
 
-def assert_same_bits(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert found.keys() == expected.keys()
-    for name, array in expected.items():
-        assert (found[name].dtype, found[name].shape) == (np.float32, array.shape)
-        assert found[name].tobytes() == np.asarray(array, order="C").tobytes()
+def of_one(array: np.ndarray) -> TrainingState:
+    return state_of({"w": array})
 
 
 @settings(max_examples=60, deadline=None)
-@given(tensors=st.tuples(TENSORS, TENSORS, TENSORS), steps=st.integers(0, 2**53))
+@given(bits=TENSORS, steps=st.integers(0, 2**53))
 def test_state_comes_back_bit_for_bit(
-    tensors: tuple[dict[str, np.ndarray], ...], steps: int, tmp_path_factory: pytest.TempPathFactory
+    bits: dict[str, np.ndarray], steps: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.getbasetemp() / "state"
     folder.mkdir(exist_ok=True)
-    state = TrainingState(*map(as_floats, tensors), optimizer_steps=steps)
+    state = state_of({name: array.view(np.float32) for name, array in bits.items()}, steps)
     write_state(state, folder)
-    found = read_state(folder)
-    assert found.optimizer_steps == steps
-    for field in FIELDS:
-        assert_same_bits(vars(found)[field], vars(state)[field])
-    assert_same_bits(read_parameters(folder), dict(state.parameters))
+    with open_state(folder) as saved:
+        assert (saved.optimizer_steps, saved.kinds) == (steps, list(KINDS))
+        assert saved.shapes == {name: array.shape for name, array in bits.items()}
+        for kind, tensors in state.tensors.items():
+            for name, [piece] in tensors.items():
+                found = saved.read(kind, name)
+                assert (found.dtype, found.shape) == (np.float32, piece.array.shape)
+                assert found.tobytes() == np.asarray(piece.array, order="C").tobytes()
 
 
-def state_of(array: np.ndarray) -> TrainingState:
-    return TrainingState({"w": array}, {"w": array * 2}, {"w": array * 3}, 7)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_part_is_read_out_of_any_parts(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.getbasetemp() / "parts"
+    folder.mkdir(exist_ok=True)
+    rows, columns = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 5))
+    array = np.arange(rows * columns, dtype=np.float32).reshape(rows, columns)
+    count = data.draw(st.integers(1, 4))
+    cuts = sorted(data.draw(st.lists(st.integers(0, rows), min_size=count - 1, max_size=count - 1)))
+    bounds = list(zip([0, *cuts], [*cuts, rows], strict=True))
+    column = data.draw(st.integers(0, columns))
+    for index, (start, stop) in enumerate(bounds):
+        halves = [(0, column), (column, columns)]  # a process may have several pieces of a tensor, or none
+        pieces = [Piece(array[start:stop, a:b], (start, a), array.shape) for a, b in halves if stop > start and b > a]
+        write_part(TrainingState({"model": {"w": pieces}}, 1), folder, index, count)
+    seal(folder, count, {"cursor": 3})
+    start, stop = sorted(data.draw(st.lists(st.integers(0, rows), min_size=2, max_size=2)))
+    with open_state(folder) as saved:
+        np.testing.assert_array_equal(saved.read("model", "w"), array)
+        np.testing.assert_array_equal(saved.read("model", "w", (slice(start, stop),)), array[start:stop])
 
 
-def test_three_files_that_others_can_read(tmp_path: Path) -> None:
-    write_state(state_of(np.arange(6, dtype=np.float32).reshape(2, 3)), tmp_path)
+def test_files_that_others_can_read(tmp_path: Path) -> None:
+    write_state(of_one(np.arange(6, dtype=np.float32).reshape(2, 3)), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES
     (tmp_path / "plain").touch()
     assert {path.stat().st_mode for path in tmp_path.iterdir()} == {(tmp_path / "plain").stat().st_mode}
     for name in FILES:
-        with safe_open(tmp_path / name, "np") as file:
-            assert file.metadata() == {STEPS: "7"}
-            assert list(file.keys()) == ["w"]
+        if name != MANIFEST:
+            with safe_open(tmp_path / name, "np") as file:
+                assert list(file.keys()) == ["w"]
+    assert json.loads((tmp_path / MANIFEST).read_text())["shapes"] == {"w": [2, 3]}
 
 
 @pytest.mark.parametrize("view", [np.transpose, lambda array: array[::-1], lambda array: array[:, ::2]])
 def test_views_are_written_as_they_look(view: Callable[[np.ndarray], np.ndarray], tmp_path: Path) -> None:
     array = view(np.arange(24, dtype=np.float32).reshape(4, 6))
-    write_state(state_of(array), tmp_path)
-    np.testing.assert_array_equal(read_parameters(tmp_path)["w"], array)
+    write_state(of_one(array), tmp_path)
+    with open_state(tmp_path) as saved:
+        np.testing.assert_array_equal(saved.read("model", "w"), array)
 
 
 def test_writing_again_replaces(tmp_path: Path) -> None:
-    write_state(state_of(np.ones(5, np.float32)), tmp_path)
-    write_state(state_of(np.zeros(2, np.float32)), tmp_path)
-    np.testing.assert_array_equal(read_state(tmp_path).parameters["w"], np.zeros(2, np.float32))
+    write_state(of_one(np.ones(5, np.float32)), tmp_path)
+    write_state(of_one(np.zeros(2, np.float32)), tmp_path)
+    with open_state(tmp_path) as saved:
+        np.testing.assert_array_equal(saved.read("model", "w"), np.zeros(2, np.float32))
+
+
+@pytest.mark.parametrize("bounds", [[(0, 2), (3, 4)], [(0, 3), (2, 4)], [(0, 2), (2, 5)], [(1, 4)], [(0, 4), (0, 4)]])
+def test_slices_that_are_not_the_tensor_once_are_never_sealed(tmp_path: Path, bounds: list[tuple[int, int]]) -> None:
+    for index, (start, stop) in enumerate(bounds):
+        pieces = [Piece(np.ones((stop - start, 2), np.float32), (start, 0), (4, 2))]
+        write_part(TrainingState({"model": {"w": pieces}}, 1), tmp_path, index, len(bounds))
+    with pytest.raises(AssertionError, match="the slices of w are not each of its elements once"):
+        seal(tmp_path, len(bounds), {})
+    assert not (tmp_path / MANIFEST).exists()
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def spoil(file: Path) -> None:
+    file.write_bytes(b"\xff" * file.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(cut, "has 103 bytes where 104 were written"), (spoil, "is damaged ("), (Path.unlink, "is not there")],
+)
+def test_a_changed_file_is_an_error_that_says_what_to_do(
+    tmp_path: Path, change: Callable[[Path], None], said: str
+) -> None:
+    write_state(of_one(np.ones(4, np.float32)), tmp_path)
+    file = tmp_path / "first_moment.safetensors"
+    change(file)
+    with open_state(tmp_path) as saved, pytest.raises(NotSaved) as caught:
+        saved.read("first_moment", "w")
+    assert str(caught.value).startswith(f"{file}: {said}")
+    assert str(caught.value).endswith(f"remove {tmp_path}: the run then goes on from the checkpoint before it.")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [(cut, "is damaged"), (Path.unlink, "is not there, so this is no checkpoint")]
+)
+def test_a_changed_manifest_is_an_error(tmp_path: Path, change: Callable[[Path], None], said: str) -> None:
+    write_state(of_one(np.ones(4, np.float32)), tmp_path)
+    change(tmp_path / MANIFEST)
+    with pytest.raises(NotSaved, match=f"{MANIFEST}: {said}"), open_state(tmp_path):
+        raise AssertionError("it was opened")
 
 
 @pytest.mark.parametrize(("disk", "code"), [(small_disk, errno.ENOSPC), (limited_files, errno.EFBIG)])
@@ -85,13 +157,13 @@ def test_full_disk_is_an_os_error_that_names_the_file(
     disk: Callable[[Path], AbstractContextManager[Path]], code: int, tmp_path: Path
 ) -> None:
     with disk(tmp_path / "disk") as folder, pytest.raises(OSError, match=r"model\.safetensors'$") as caught:
-        write_state(state_of(np.ones(2**20, np.float32)), folder)
+        write_state(of_one(np.ones(2**20, np.float32)), folder)
     assert caught.value.errno == code
     with disk(tmp_path / "other") as folder:
-        write_state(state_of(np.ones(2**14, np.float32)), folder)
+        write_state(of_one(np.ones(2**14, np.float32)), folder)
         assert sorted(path.name for path in folder.iterdir()) == FILES
 
 
 def test_missing_folder_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"model\.safetensors'$"):
-        write_state(state_of(np.ones(2, np.float32)), tmp_path / "nowhere")
+        write_state(of_one(np.ones(2, np.float32)), tmp_path / "nowhere")

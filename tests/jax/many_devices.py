@@ -19,7 +19,7 @@ from common.config import load_config
 from common.config.method import LossConfig
 from safework_jax.main import open_trainer
 from safework_jax.trainer import JaxTrainer
-from tests.training import packed, random_sequences
+from tests.training import packed, random_sequences, save
 
 # (replica, fsdp, tensor) by name.
 MESHES = {"one": (1, 1, 1), "fsdp": (1, 8, 1), "replica": (2, 4, 1), "tensor": (1, 4, 2)}
@@ -38,7 +38,7 @@ def main(run_file: str, model: str, out: str) -> None:
         folder.mkdir()
         loss = save_gradients(trainer, folder, "split")
         trainer.update(BATCH, 1e-3)
-        trainer.save(folder)
+        save(trainer, folder)
         facts[mesh] = {"loss": loss, "shards": shards(trainer)}
     (Path(out) / "facts.json").write_text(json.dumps(facts))
 

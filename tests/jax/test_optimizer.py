@@ -13,8 +13,9 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from common.config.method import OptimizerConfig
+from common.state_files import write_state
 from safework_jax import optimizer
-from safework_jax.checkpoint import restore_state, save_state
+from safework_jax.checkpoint import restore_state, snapshot
 from tests.adamw import CASES, Reference, assert_follows, lost_decay, random_parameters, random_steps
 
 LAYERS = 3
@@ -106,7 +107,7 @@ def test_restored_equals_never_stopped(tmp_path: Path) -> None:
         whole.step(gradients, 1e-3)
     for gradients in steps[:4]:
         first.step(gradients, 1e-3)
-    save_state(first.params, first.moments, LAYERS, tmp_path)
+    write_state(snapshot(first.params, first.moments, LAYERS), tmp_path)
     again.params, again.moments = restore_state(again.params, LAYERS, tmp_path)
     for gradients in steps[4:]:
         again.step(gradients, 1e-3)

@@ -11,10 +11,11 @@ import pytest
 from common.config import load_config
 from common.parity.ladder import CURVE, LIVE_GRADIENTS, NORM_RATIO
 from common.parity.measure import ParityTrainer
+from common.state_files import MANIFEST
 from safework_jax.main import open_trainer as open_jax
 from safework_torch.main import open_trainer as open_torch
 from tests.tiny import make_model
-from tests.training import STATE_FILES, packed, random_sequences, saved_state, write_run
+from tests.training import packed, random_sequences, save, saved_state, write_run
 
 RATE = 1e-3
 BATCHES = [packed(random_sequences(9, seed=seed), 48, 2) for seed in range(4)]
@@ -26,9 +27,9 @@ def open_engine(name: str, model: Path) -> ParityTrainer:
     return opener(loaded, model, None)
 
 
-def save(trainer: ParityTrainer, folder: Path) -> dict[str, np.ndarray]:
+def saved(trainer: ParityTrainer, folder: Path) -> dict[str, np.ndarray]:
     folder.mkdir()
-    trainer.save(folder)
+    save(trainer, folder)
     return saved_state(folder)
 
 
@@ -39,28 +40,29 @@ def test_the_other_engine_goes_on(writer: str, reader: str, model_type: str, tmp
     home, away = open_engine(writer, model), open_engine(reader, model)
     for batch in BATCHES[:2]:
         home.update(batch, RATE)
-    start = save(home, tmp_path / "start")
+    start = saved(home, tmp_path / "start")
     away.restore(tmp_path / "start")
-    for name, array in save(away, tmp_path / "handed-over").items():
+    for name, array in saved(away, tmp_path / "handed-over").items():
         np.testing.assert_array_equal(array, start[name], err_msg=name)
     for batch in BATCHES[2:]:
         ours, theirs = home.update(batch, RATE), away.update(batch, RATE)
         assert theirs["loss/policy"] == pytest.approx(ours["loss/policy"], abs=CURVE)
         assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=NORM_RATIO)
-    expected, found = save(home, tmp_path / "home"), save(away, tmp_path / "away")
-    parameters = STATE_FILES[0]
+    expected, found = saved(home, tmp_path / "home"), saved(away, tmp_path / "away")
     for name, array in expected.items():
         moved = array - start[name]
-        limit = LIVE_GRADIENTS if name.startswith(parameters) else 1e-4
+        limit = LIVE_GRADIENTS if name.startswith("model/") else 1e-4
         assert np.linalg.norm(moved) > 0
         assert np.linalg.norm(found[name] - array) <= limit * np.linalg.norm(moved), name
 
 
 def test_both_write_the_same_files(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", "qwen3", head_dim=16)
-    states = {name: save(open_engine(name, model), tmp_path / name) for name in ("torch", "jax")}
+    states = {name: saved(open_engine(name, model), tmp_path / name) for name in ("torch", "jax")}
     assert states["torch"].keys() == states["jax"].keys()
     for name, array in states["torch"].items():
         np.testing.assert_array_equal(states["jax"][name], array, err_msg=name)
-    for file in STATE_FILES:
+    files = sorted(path.name for path in (tmp_path / "torch").iterdir())
+    assert files == ["first_moment.safetensors", MANIFEST, "model.safetensors", "second_moment.safetensors"]
+    for file in files:
         assert (tmp_path / "torch" / file).stat().st_size == (tmp_path / "jax" / file).stat().st_size

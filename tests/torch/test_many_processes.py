@@ -65,7 +65,7 @@ def test_the_state_after_an_update_is_that_of_one_process(measured: Path, mode: 
     found, expected = saved_state(measured / mode), saved_state(measured / "one")
     assert found.keys() == expected.keys()
     for name, array in expected.items():
-        limit = 1e-5 * np.abs(array).max() + (1e-5 if name.startswith("model.") else 0.0)
+        limit = 1e-5 * np.abs(array).max() + (1e-5 if name.startswith("model/") else 0.0)
         np.testing.assert_allclose(found[name], array, rtol=1e-3, atol=limit, err_msg=name)
 
 

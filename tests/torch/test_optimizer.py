@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from common.config.method import OptimizerConfig
-from safework_torch.checkpoint import restore_state, save_state
+from common.state_files import write_state
+from safework_torch.checkpoint import restore_state, snapshot
 from safework_torch.optimizer import CPU_SLICE, AdamW
 from tests.adamw import CASES, Reference, assert_follows, lost_decay, random_parameters, random_steps
 
@@ -92,7 +93,7 @@ def test_restored_equals_never_stopped(tmp_path: Path) -> None:
         step(whole, gradients, 1e-3)
     for gradients in steps[:4]:
         step(first, gradients, 1e-3)
-    save_state(first, tmp_path)
+    write_state(snapshot(first), tmp_path)
     restore_state(again, tmp_path)
     for gradients in steps[4:]:
         step(again, gradients, 1e-3)

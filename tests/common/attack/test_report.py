@@ -24,10 +24,10 @@ from common.attack.report import (
 )
 from common.attack.trial import Options, Response, attack, attempts
 from common.config import ConfigError, LoadedConfig, load_config
+from common.disk import NotSaved
 from common.rewards.recipe import Recipe
 from common.rewards.scorer import ScoreMissing
 from common.rewards.verifier import Verifier
-from common.run_dir import NotSaved
 from common.serving.in_process import unopened
 from common.serving.servers import Servers
 from common.types import Missing, Sample, Score

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from common.run_dir import NotSaved
+from common.disk import NotSaved
 from common.scoring.score import CHUNK
 from common.scoring.scores_file import Line, Name, ScoresFile
 from common.types import Missing

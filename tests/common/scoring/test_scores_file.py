@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from common.config import ConfigError
-from common.run_dir import NotSaved, RunDir
+from common.disk import NotSaved
+from common.run_dir import RunDir
 from common.scoring.scores_file import Line, Name, ScoresFile
 from common.types import Asked, Missing, Score
 
