@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from rich.console import Console
 
@@ -20,7 +20,7 @@ from common.config import ConfigError, LoadedConfig, checks, explain, load_confi
 from common.disk import not_written
 from common.engine_main import INTERRUPTED, USER_ERRORS, split_arguments
 from common.experiment import load_data, open_chat, policy_folder, reference_folder
-from common.export import DTYPES, export_model
+from common.export import DTYPES, Weights, export_model
 from common.launch import verb as launching
 from common.parity.ladder import certificate, compare, table
 from common.plan import verb as planning
@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, help="where to; default: export/ in the run folder")
     export.add_argument("--step", type=int, help="another checkpoint that is still there")
     export.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    export.add_argument("--weights", choices=get_args(Weights), default="policy", help="the policy's, or their average")
     export.set_defaults(run=_export)
 
     parity = verbs.add_parser("parity", help="measure torch against JAX on a config's own model and data")
@@ -200,8 +201,9 @@ def _export(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{arguments.run_dir}: no checkpoint of step {step}; complete are: {steps}.")
     out = arguments.out or run_dir.path / "export"
     source = policy_folder(load_config([config_file]))
-    export_model(run_dir.checkpoint(step), source, out, arguments.dtype)
-    print(f"{out}: the policy after step {step}, {arguments.dtype}")
+    export_model(run_dir.checkpoint(step), source, out, arguments.dtype, arguments.weights)
+    whose = "the policy" if arguments.weights == "policy" else "the policy's average"
+    print(f"{out}: {whose} after step {step}, {arguments.dtype}")
     return 0
 
 

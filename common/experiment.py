@@ -20,6 +20,7 @@ from common.rollout.sampler import sampling_rule
 from common.run_dir import LoopState, RunDir
 from common.serving.in_process import OpenJudge
 from common.serving.servers import Servers
+from common.state_files import saved_kinds
 from common.team import Team, alone
 from common.types import Prompt
 
@@ -134,6 +135,13 @@ def refuse_other_data(state: LoopState, data: Data) -> None:
             f"{', '.join(changed)}: changed since this run saved its step {state.step}. Put the old contents back, "
             "or start anew in another run.dir."
         )
+
+
+def refuse_lost_average(loaded: LoadedConfig, checkpoint: Path) -> None:
+    """Raise ConfigError when the checkpoint to go on from has an average of the weights, and the config keeps none."""
+    if loaded.config.ema.decay is None and "ema" in saved_kinds(checkpoint):
+        problem = f"{checkpoint} has an average of the weights, which would be lost. Set it to go on with the average."
+        raise ConfigError(sentence("ema.decay", None, loaded.origin("ema.decay"), problem))
 
 
 def _run_refusal(loaded: LoadedConfig, problem: str) -> ConfigError:

@@ -15,6 +15,7 @@ import numpy as np
 
 from common.disk import NotSaved, flush_to_disk, not_written
 from common.state_files import SavedState, open_state, save_tensors
+from common.types import Kind
 
 # What travels with the weights, beside config.json.
 COMPANIONS = (
@@ -30,14 +31,19 @@ COMPANIONS = (
 # In each export: which checkpoint it is of. A folder without it is somebody's own and never replaced.
 MARKER = "safework_export.json"
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+Weights = Literal["policy", "ema"]
+_KINDS: dict[Weights, Kind] = {"policy": "model", "ema": "ema"}
 FILE_BYTES = 5 * 10**9  # of tensors in one file, as long as one tensor is not larger
 
 
-def export_model(checkpoint: Path, source: Path, folder: Path, dtype: Literal["float32", "bfloat16"]) -> None:
-    """Write the parameters of a checkpoint, cast to `dtype`, with all else from `source`, the model trained from.
+def export_model(
+    checkpoint: Path, source: Path, folder: Path, dtype: Literal["float32", "bfloat16"], weights: Weights = "policy"
+) -> None:
+    """Write the policy of a checkpoint or its average, cast to `dtype`, with all else from `source`, the model trained
+    from.
 
-    Raises NotSaved when the disk refuses, when the checkpoint cannot be read, and when `folder` holds anything but an
-    earlier export; it then stays as it was.
+    Raises NotSaved when the disk refuses, when the checkpoint cannot be read or has no average, and when `folder` holds
+    anything but an earlier export; it then stays as it was.
     """
     folder = folder.expanduser().resolve()
     if not _may_be_replaced(folder):
@@ -48,11 +54,15 @@ def export_model(checkpoint: Path, source: Path, folder: Path, dtype: Literal["f
         # A place of its own beside the folder: another export may run at the same time.
         scratch_folder = tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent)
         with scratch_folder as scratch, open_state(checkpoint) as saved:
+            if _KINDS[weights] not in saved.kinds:
+                raise NotSaved(f"{checkpoint}: has no average of the weights (ema.decay). Export --weights policy.")
             new = Path(scratch) / "new"
             new.mkdir()
-            _write_tensors(saved, new, dtype)
+            _write_tensors(saved, new, dtype, weights)
             _write_companions(source, new, dtype)
-            (new / MARKER).write_text(json.dumps({"checkpoint": checkpoint.name, "dtype": dtype}) + "\n")
+            (new / MARKER).write_text(
+                json.dumps({"checkpoint": checkpoint.name, "dtype": dtype, "weights": weights}) + "\n"
+            )
             flush_to_disk(new)
             _put_in_place(new, folder, Path(scratch) / "old")
     except OSError as error:
@@ -78,21 +88,26 @@ def _may_be_replaced(folder: Path) -> bool:
     return folder.is_dir() and not any(folder.iterdir())
 
 
-def exported_checkpoint(folder: Path) -> str | None:
-    """The name of the checkpoint that an export is of; None when there is no complete export."""
+def exported(folder: Path) -> tuple[str, Weights] | None:
+    """The name of the checkpoint that an export is of, and of which of its weights; None when there is no complete
+    export.
+    """
     marker = folder / MARKER
-    return json.loads(marker.read_text())["checkpoint"] if marker.is_file() else None
+    if not marker.is_file():
+        return None
+    said = json.loads(marker.read_text())
+    return said["checkpoint"], said.get("weights", "policy")
 
 
-def _write_tensors(saved: SavedState, folder: Path, dtype: str) -> None:
-    """The parameters, in one file or, as Hugging Face lays them out, in several with an index."""
+def _write_tensors(saved: SavedState, folder: Path, dtype: str, weights: Weights) -> None:
+    """The weights, in one file or, as Hugging Face lays them out, in several with an index."""
     size = np.dtype(DTYPES[dtype]).itemsize
     groups = list(_files({name: size * math.prod(shape) for name, shape in saved.shapes.items()}))
     weight_map = {}
     for number, names in enumerate(groups, 1):
         several = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
         file = f"model{several}.safetensors"
-        tensors = {name: saved.read("model", name).astype(DTYPES[dtype], copy=False) for name in names}
+        tensors = {name: saved.read(_KINDS[weights], name).astype(DTYPES[dtype], copy=False) for name in names}
         save_tensors(tensors, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     if len(groups) > 1:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,10 +14,10 @@ from common.algorithms.schedule import learning_rate
 from common.config.run import RunConfig
 from common.data.batching import train_batches, with_old_logprobs
 from common.experiment import Data
+from common.journal import Journal
 from common.metrics import Timer, rollout_metrics, rollout_records, update_metrics
 from common.reporting import Reporter
-from common.rewards.scorer import Scored, ScoredGroup, Scorer, labels, score_arrays
-from common.rewards.tally import Tally
+from common.rewards.scorer import Results, Scored, ScoredGroup, Scorer, labels, score_arrays
 from common.rollout.sampler import Draw, RolloutSampler, Stream
 from common.run_dir import LoopState
 from common.team_run import TeamRun
@@ -26,13 +27,12 @@ from common.types import RolloutGroup, TrainBatch
 
 @dataclass(frozen=True)
 class Collected:
-    """What one step rolled out: every scored group, which of them teach, how many responses were sampled for it (those
+    """What one step rolled out and how it was scored, which groups teach, how many responses were sampled for it (those
     without a score too), and where the data cursor is now.
     """
 
-    groups: tuple[ScoredGroup, ...]
+    scored: Scored
     kept: np.ndarray
-    tallies: Mapping[str, Tally]
     num_sampled: int
     cursor: int
 
@@ -94,20 +94,19 @@ class Loop:
         with timer("update"):
             credit, batches = self._credit(collected)
             updates = self._update(state, [self._with_references(batch) for batch in batches])
-        self._run.record("rollouts.jsonl", rollout_records(state.step, collected.groups, credit, collected.kept))
+        self._run.record("rollouts.jsonl", rollout_records(state.step, collected.scored.groups, credit, collected.kept))
         metrics = {
             "step": state.step,
-            **rollout_metrics(collected.groups, collected.kept, collected.tallies),
+            **rollout_metrics(collected.scored.groups, collected.kept, collected.scored.tallies),
             **update_metrics(updates, self._rates(state)),
-            **timer.metrics(_response_tokens(collected.groups)),
+            **timer.metrics(_response_tokens(collected.scored.groups)),
             "memory/peak_gib": self._trainer.peak_memory_gib(),
         }
         self._run.record("metrics.jsonl", [metrics])
-        self._reporter.step(metrics, collected.groups)
+        self._reporter.step(metrics, collected.scored.groups)
         if not updates:
-            self._reporter.say(
-                f"step {state.step + 1}: no update, since none of its {len(collected.groups)} groups was informative"
-            )
+            count = len(collected.scored.groups)
+            self._reporter.say(f"step {state.step + 1}: no update, since none of its {count} groups was informative")
         return replace(
             state,
             step=state.step + 1,
@@ -118,15 +117,16 @@ class Loop:
     def _collect(self, state: LoopState, timer: Timer) -> Collected:
         """Groups until enough of them teach or the refills are used up. The first draw is always whole."""
         config = self._config
+        journal = self._run.journal(state, config.run.seed)
         scored, kept = Scored(), np.zeros(0, bool)
         cursor, wanted = state.cursor, config.rollout.prompts_per_step
         for _ in range(1 + config.advantage.max_refills):
             draws = [Draw(index, self._data.train[index]) for index in range(cursor, cursor + wanted)]
             cursor += wanted
             with timer("rollout"):
-                rolled = self._roll_out(draws, "train", state, config.rollout.group_size)
+                rolled = self._rolled(draws, state, journal)
             with timer("score"):
-                scored = self._scorer.score(rolled, scored)
+                scored = self._scorer.score(rolled, scored, self._asked(rolled, journal))
             kept = informative_groups(
                 config.advantage, labels(scored.groups), *score_arrays(scored.groups, self._data.recipe)
             )
@@ -134,7 +134,25 @@ class Loop:
             if wanted == 0:
                 break
         num_sampled = (cursor - state.cursor) * config.rollout.group_size
-        return Collected(scored.groups, kept, scored.tallies, num_sampled, cursor)
+        return Collected(scored, kept, num_sampled, cursor)
+
+    def _rolled(self, draws: Sequence[Draw], state: LoopState, journal: Journal) -> list[RolloutGroup]:
+        """Groups for a step's draws: those that it had sampled before the run was killed, or new ones."""
+        known = journal.rollouts(draws)
+        if known is not None:
+            return known
+        groups = self._roll_out(draws, "train", state, self._config.rollout.group_size)
+        journal.keep_rollouts(groups)
+        return groups
+
+    def _asked(self, groups: Sequence[RolloutGroup], journal: Journal) -> list[Results]:
+        """What the verifiers say of a step's groups, or had said before the run was killed."""
+        known = journal.results(groups)
+        if known is not None:
+            return known
+        results = self._scorer.ask(groups)
+        journal.keep_results(groups, results)
+        return results
 
     def _roll_out(
         self, draws: Sequence[Draw], stream: Stream, state: LoopState, num_samples: int
@@ -154,11 +172,11 @@ class Loop:
     def _credit(self, collected: Collected) -> tuple[np.ndarray, list[TrainBatch]]:
         """Advantages [P G] of all groups, 0 where a group does not teach, and the batches of those that do."""
         config, recipe = self._config, self._data.recipe
-        totals, scores, present, weights = score_arrays(collected.groups, recipe)
+        totals, scores, present, weights = score_arrays(collected.scored.groups, recipe)
         credit, kept = np.zeros_like(totals), np.flatnonzero(collected.kept)
         if len(kept) == 0:
             return credit, []
-        taught = [collected.groups[index] for index in kept]
+        taught = [collected.scored.groups[index] for index in kept]
         arrays = (array[kept] for array in (totals, scores, present, weights))
         credit[kept] = group_advantages(config.advantage, labels(taught), *arrays)
         groups = [scored.group for scored in taught]
@@ -198,10 +216,12 @@ class Loop:
         return results
 
     def _evaluate(self, state: LoopState) -> None:
-        """Score the held-out prompts with the policy as it is and record the result."""
+        """Score the held-out prompts with the policy as it is, or its average, and record the result."""
         config, started = self._config, time.perf_counter()
         draws = [Draw(index, prompt) for index, prompt in enumerate(self._data.heldout)]
-        scored = self._scorer.score(self._roll_out(draws, "heldout", state, config.evaluation.samples))
+        with self._trainer.averaged() if config.evaluation.weights == "ema" else nullcontext():
+            groups = self._roll_out(draws, "heldout", state, config.evaluation.samples)
+        scored = self._scorer.score(groups)
         every = np.ones(len(scored.groups), bool)
         metrics = {
             "step": state.step,

@@ -3,6 +3,7 @@
     config.yaml       resolved, each value with its origin
     metrics.jsonl     one line a step           evaluation.jsonl  one line a held-out evaluation
     rollouts.jsonl    one line a response
+    journal.jsonl     the rollouts and scores so far of the step after the newest checkpoint
     checkpoints/step-000010/                    complete exactly when it has this name
     export/           the trained model as a Hugging Face folder
 
@@ -32,6 +33,7 @@ from common.disk import NotSaved, not_locked, not_written, sync
 from common.state_files import note_file, read_manifest, seal
 from common.types import TrainBatch
 
+JOURNAL = "journal.jsonl"
 RECORDS = ("metrics.jsonl", "rollouts.jsonl", "evaluation.jsonl")
 _LOOK_S = 0.02  # between looks for the parts of other processes
 _STEP_NAME = re.compile(r"step-(\d{6,})")
@@ -158,6 +160,19 @@ class RunDir:
                 file.write(text)
         except OSError as error:
             raise self._not_saved(path, error) from error
+
+    def read_journal(self) -> str:
+        """The whole lines of the journal, to which it is cut back; what a killed process was writing is none."""
+        path = self.path / JOURNAL
+        if not path.exists():
+            return ""
+        whole = path.read_bytes().rpartition(b"\n")[0]
+        os.truncate(path, len(whole) + 1 if whole else 0)
+        return whole.decode(errors="replace")
+
+    def clear_journal(self) -> None:
+        """Remove the journal: what it holds is of no use any more."""
+        (self.path / JOURNAL).unlink(missing_ok=True)
 
     @contextmanager
     def saving(self, step: int) -> Iterator[Path]:

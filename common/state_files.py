@@ -21,48 +21,22 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, get_args
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from common.disk import NotSaved, sync, write_whole
-
-Kind = Literal["model", "first_moment", "second_moment", "ema"]
-Box = tuple[tuple[int, int], ...]  # start and stop in each dimension
+from common.types import Box, Kind, Piece, TrainingState
 
 MANIFEST = "manifest.json"
-
-
-class Piece(NamedTuple):
-    """Part of a tensor: an array, where in the tensor it begins, and the shape of the whole tensor."""
-
-    array: np.ndarray
-    start: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    @property
-    def box(self) -> Box:
-        """Where in the tensor it lies."""
-        return tuple((first, first + size) for first, size in zip(self.start, self.array.shape, strict=True))
 
 
 def whole(array: np.ndarray) -> list[Piece]:
     """A tensor in one piece."""
     return [Piece(array, (0,) * array.ndim, array.shape)]
-
-
-@dataclass(frozen=True)
-class TrainingState:
-    """What one process writes of a state: for each kind its pieces of tensors, fp32, by Hugging Face name; and the
-    number of optimizer steps behind it.
-    """
-
-    tensors: Mapping[Kind, Mapping[str, Sequence[Piece]]]
-    optimizer_steps: int
 
 
 def write_state(state: TrainingState, folder: Path) -> None:
@@ -181,6 +155,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     raise NotSaved(f"{file}: {problem}. {_remedy(folder)}")
 
 
+def saved_kinds(folder: Path) -> list[Kind]:
+    """What a complete state has. Raises NotSaved where its manifest cannot be read."""
+    return _kinds(read_manifest(folder))
+
+
+def _kinds(manifest: Mapping[str, Any]) -> list[Kind]:
+    return [kind for kind in get_args(Kind) if kind in manifest["parts"][0]["bytes"]]
+
+
 def _remedy(folder: Path) -> str:
     return f"Put it back, or remove {folder}: the run then goes on from the checkpoint before it."
 
@@ -195,7 +178,7 @@ class SavedState:
         manifest = read_manifest(folder)
         self.optimizer_steps: int = manifest["optimizer_steps"]
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
-        self.kinds = [kind for kind in get_args(Kind) if kind in manifest["parts"][0]["bytes"]]
+        self.kinds = _kinds(manifest)
         self._folder, self._files, self._parts = folder, files, manifest["parts"]
         self._opened: dict[str, Any] = {}
         self._slices: defaultdict[str, list[tuple[int, Box]]] = defaultdict(list)

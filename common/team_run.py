@@ -9,10 +9,11 @@ from typing import Any
 
 from common.disk import NotSaved
 from common.interrupt import Interrupt
-from common.run_dir import LoopState, RunDir
-from common.state_files import TrainingState, write_part
+from common.journal import Journal
+from common.run_dir import JOURNAL, LoopState, RunDir
+from common.state_files import write_part
 from common.team import Team
-from common.types import TrainBatch
+from common.types import TrainBatch, TrainingState
 
 
 class TeamRun:
@@ -28,6 +29,8 @@ class TeamRun:
         self._keep, self._deadline_s = keep, deadline_s
         self._pool = ThreadPool(1)  # of daemons: no process lives on for it
         self._saving: AsyncResult[None] | None = None
+        self._journal = ""  # that of the step to go on with
+        self._last: int | None = None  # the step of the newest checkpoint, complete or not
 
     def __enter__(self) -> TeamRun:
         return self
@@ -44,7 +47,9 @@ class TeamRun:
         state = self._run_dir.state()
         if self._team.leads:
             self._run_dir.rewind_records(state)
-        [state, *_] = self._team.exchange(state, "the state to go on from")
+            self._journal = self._run_dir.read_journal() if state.step else ""
+        [(state, self._journal), *_] = self._team.exchange((state, self._journal), "the state to go on from")
+        self._last = state.step or None
         return state, self._run_dir.checkpoint(state.step)
 
     def stopping(self) -> bool:
@@ -61,6 +66,19 @@ class TeamRun:
         if self._team.leads:
             self._run_dir.append(name, records)
 
+    def journal(self, state: LoopState, seed: int) -> Journal:
+        """What is known of the step that begins with this state, and where more of it goes."""
+        text, self._journal = self._journal, ""
+        key = {"step": state.step, "policy_version": state.policy_version, "seed": seed}
+        journal = Journal(text, key, self._note if state.step == self._last else None)
+        if state.step == self._last and self._team.leads and not len(journal):
+            self._run_dir.clear_journal()
+        return journal
+
+    def _note(self, line: dict[str, Any]) -> None:
+        if self._team.leads:
+            self._run_dir.append(JOURNAL, [line])
+
     def save(self, state: LoopState, snapshot: Callable[[], TrainingState]) -> None:
         """Begin a checkpoint: the loop's state, and what each process's engine has of the training state now.
 
@@ -71,6 +89,7 @@ class TeamRun:
         if self._team.leads:
             state = self._run_dir.begin_checkpoint(state)
         self._team.exchange(None, f"the new folder of step {state.step}")
+        self._last = state.step
         self._saving = self._pool.apply_async(self._write, (state, snapshot()))
 
     def _write(self, state: LoopState, part: TrainingState) -> None:

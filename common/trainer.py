@@ -6,14 +6,14 @@ Structural typing: no base class, no registry. Arrays cross this line as host nu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from common.state_files import TrainingState
-from common.types import FinishReason, TrainBatch
+from common.types import FinishReason, TrainBatch, TrainingState
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,13 @@ class PolicyTrainer(Protocol):
         """G responses for each prompt, in the order of the prompts and of their uniforms."""
         ...
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """While it is open, the average of the weights (`EmaSection`) stands in the policy's place."""
+        ...
+
     def snapshot(self) -> TrainingState:
-        """A copy, in host memory, of what this process writes of parameters and optimizer moments: what it has of them
-        and no process before it has. No later update changes it.
+        """A copy, in host memory, of what this process writes of parameters, optimizer moments and average: what it has
+        of them and no process before it has. No later update changes it.
         """
         ...
 
@@ -80,7 +84,7 @@ class PolicyTrainer(Protocol):
         """Take over a state that `common/state_files.py` holds, bit for bit, from any number of processes and either
         engine; only what this process has of it is read.
 
-        Raises NotSaved where it cannot be read.
+        An average that the state does not have begins with the weights. Raises NotSaved where it cannot be read.
         """
         ...
 

@@ -8,10 +8,18 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from common.attack.report import refuse_untried
-from common.config import LoadedConfig
+from common.config import LoadedConfig, RunConfig
 from common.config.checks import warnings
-from common.experiment import load_data, open_chat, open_run, policy_folder, reference_folder, refuse_other_data
-from common.export import export_model, exported_checkpoint
+from common.experiment import (
+    load_data,
+    open_chat,
+    open_run,
+    policy_folder,
+    reference_folder,
+    refuse_lost_average,
+    refuse_other_data,
+)
+from common.export import Weights, export_model, exported
 from common.interrupt import INTERRUPTED, Interrupt
 from common.loop import Loop
 from common.reporting import Reporter
@@ -41,9 +49,11 @@ def train(loaded: LoadedConfig, open_trainer: OpenTrainer, open_judge: OpenJudge
         [start, *_] = team.exchange(run_dir.state(), "the state to begin from")
         if start.step >= config.run.steps:
             if team.leads:
-                _export_again(run_dir, start.step, policy)
+                _export_again(run_dir, start.step, policy, config.evaluation.weights)
             return 0
         refuse_other_data(start, data)
+        if start.step:
+            refuse_lost_average(loaded, run_dir.checkpoint(start.step))
         trainer = open_trainer(loaded, policy, reference)
         sampler = RolloutSampler(trainer, chat, config.rollout, config.run.seed)
         scorer = Scorer(data.recipe, config.rewards, team)
@@ -53,7 +63,7 @@ def train(loaded: LoadedConfig, open_trainer: OpenTrainer, open_judge: OpenJudge
             with TeamRun(run_dir, team, interrupt, config.checkpoint.keep, config.run.deadline_s) as run:
                 state = Loop(config, trainer, data, sampler, scorer, run, reporter).run()
         if team.leads:
-            _end(run_dir, state.step, policy, config.run.steps, command)
+            _end(run_dir, state.step, policy, config, command)
         return 0 if state.step == config.run.steps else INTERRUPTED
 
 
@@ -67,23 +77,23 @@ def _open_run(loaded: LoadedConfig, team: Team) -> RunDir:
     return RunDir(loaded.config.run.dir)
 
 
-def _export_again(run_dir: RunDir, step: int, policy: Path) -> None:
+def _export_again(run_dir: RunDir, step: int, policy: Path, weights: Weights) -> None:
     """What is left of a finished run: it may have been killed after its last checkpoint and before the export of it."""
-    if exported_checkpoint(run_dir.path / "export") != run_dir.checkpoint(step).name:
-        _export(run_dir, step, policy)
+    if exported(run_dir.path / "export") != (run_dir.checkpoint(step).name, weights):
+        _export(run_dir, step, policy, weights)
     print(f"{run_dir.path}: already trained for {step} steps; raise run.steps to go on. Nothing to do.")
 
 
-def _end(run_dir: RunDir, step: int, policy: Path, steps: int, command: str) -> None:
+def _end(run_dir: RunDir, step: int, policy: Path, config: RunConfig, command: str) -> None:
     """Export the model of a finished run, or say how to go on."""
-    if step == steps:
-        _export(run_dir, step, policy)
+    if step == config.run.steps:
+        _export(run_dir, step, policy, config.evaluation.weights)
         print(f"done: {run_dir.path}/export holds the trained model, metrics.jsonl and rollouts.jsonl the record")
         return
-    done = f"stopped and saved after step {step} of {steps}" if step else "stopped at once"
+    done = f"stopped and saved after step {step} of {config.run.steps}" if step else "stopped at once"
     with suppress(BrokenPipeError):  # nobody may be reading any more
         print(f"{done}. To go on: {command}", file=sys.stderr)
 
 
-def _export(run_dir: RunDir, step: int, policy: Path) -> None:
-    export_model(run_dir.checkpoint(step), policy, run_dir.path / "export", "float32")
+def _export(run_dir: RunDir, step: int, policy: Path, weights: Weights) -> None:
+    export_model(run_dir.checkpoint(step), policy, run_dir.path / "export", "float32", weights)

@@ -1,4 +1,4 @@
-"""The data that flows through a run: prompts, rollouts, scores, rewards and train batches.
+"""The data that flows through a run: prompts, rollouts, scores, rewards, train batches and training states.
 
 Shape letters used everywhere: P prompts, G responses per prompt, B rows, T tokens, K verifiers, V vocabulary.
 Every object is frozen; a step that adds something returns a new object.
@@ -6,12 +6,15 @@ Every object is frozen; a step that adds something returns a new object.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 FinishReason = Literal["stop", "length"]
+Kind = Literal["model", "first_moment", "second_moment", "ema"]
+Box = tuple[tuple[int, int], ...]  # start and stop in each dimension
 
 
 class Message(NamedTuple):
@@ -175,3 +178,26 @@ class TrainBatch:
     kl_weights: np.ndarray
     old_logprobs: np.ndarray | None = None
     ref_logprobs: np.ndarray | None = None
+
+
+class Piece(NamedTuple):
+    """Part of a tensor: an array, where in the tensor it begins, and the shape of the whole tensor."""
+
+    array: np.ndarray
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def box(self) -> Box:
+        """Where in the tensor it lies."""
+        return tuple((first, first + size) for first, size in zip(self.start, self.array.shape, strict=True))
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What one process writes of a state: for each kind its pieces of tensors, fp32, by Hugging Face name; and the
+    number of optimizer steps behind it.
+    """
+
+    tensors: Mapping[Kind, Mapping[str, Sequence[Piece]]]
+    optimizer_steps: int

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 import optax
 
-from common.state_files import Kind, Piece, SavedState, TrainingState, open_state, whole
+from common.state_files import SavedState, open_state, whole
+from common.types import Kind, Piece, TrainingState
 from safework_jax.models.decoder.names import is_stacked, tensor_names
-from safework_jax.optimizer import step_count
+from safework_jax.optimizer import Average, step_count
 from safework_jax.sharding import host, parameter_path, place
 
 
@@ -37,9 +38,13 @@ def stacked(arrays: Mapping[str, np.ndarray], like: Any, num_layers: int) -> Any
     return jax.tree_util.tree_map_with_path(leaf, like)
 
 
-def snapshot(params: Any, moments: optax.ScaleByAdamState, num_layers: int) -> TrainingState:
-    """A copy of this process's shards of parameters and moments; none of a shard that a process before it has too."""
+def snapshot(params: Any, moments: optax.ScaleByAdamState, average: Average | None, num_layers: int) -> TrainingState:
+    """A copy of this process's shards of parameters, moments and average; none of a shard that a process before it has
+    too.
+    """
     kinds: dict[Kind, Any] = {"model": params, "first_moment": moments.mu, "second_moment": moments.nu}
+    if average is not None:
+        kinds["ema"] = average.weights
     return TrainingState(
         {kind: _pieces(tree, num_layers) for kind, tree in kinds.items()}, int(np.asarray(moments.count))
     )
@@ -69,11 +74,15 @@ def _own_pieces(leaf: jax.Array) -> Iterator[Piece]:
             yield Piece(np.array(shard.data), start, leaf.shape)
 
 
-def restore_state(params: Any, num_layers: int, folder: Path) -> tuple[Any, optax.ScaleByAdamState]:
-    """Parameters and moments out of a saved state, placed like `params`; only what this process holds is read. Raises
-    NotSaved where it cannot be.
+def restore_state(
+    params: Any, average: Average | None, num_layers: int, folder: Path
+) -> tuple[Any, optax.ScaleByAdamState]:
+    """Parameters and moments out of a saved state, placed like `params`, and the average in its place; only what this
+    process holds is read. Raises NotSaved where it cannot be.
     """
     with open_state(folder) as saved:
+        if average is not None:
+            average.weights = _read(params, "ema" if "ema" in saved.kinds else "model", num_layers, saved)
         trees = [_read(params, kind, num_layers, saved) for kind in ("model", "first_moment", "second_moment")]
         return trees[0], optax.ScaleByAdamState(step_count(params, saved.optimizer_steps), *trees[1:])
 

@@ -1,4 +1,6 @@
-"""The written AdamW rule in optax: eps outside the root, decoupled decay on matrices only, one global-norm clip."""
+"""The written AdamW rule in optax: eps outside the root, decoupled decay on matrices only, one global-norm clip;
+and the average of the weights that follows it.
+"""
 
 from __future__ import annotations
 
@@ -90,3 +92,24 @@ def _step(
     # Left to itself, XLA spreads small replicated parameters over the devices, and every program compiles once more.
     params, mu, nu = jax.lax.with_sharding_constraint((params, after.mu, after.nu), (placed, placed, placed))
     return params, after._replace(mu=mu, nu=nu)
+
+
+class Average:
+    """The average of the weights by the rule of `EmaSection` (`common/config/run.py`): fp32, placed as they are."""
+
+    def __init__(self, params: Any, decay: float, every: int) -> None:
+        self._decay, self._every = decay, every
+        self.weights = jax.tree.map(jnp.copy, params)
+
+    def follow(self, params: Any, steps: int) -> None:
+        """Take in the weights as they are after `steps` optimizer steps, if that is one of those that count."""
+        if steps % self._every == 0:
+            shardings = tuple(leaf.sharding for leaf in jax.tree.leaves(params))
+            self.weights = _followed(shardings, self.weights, params, 1.0 - self._decay)
+
+
+@partial(jax.jit, static_argnames=("shardings", "share"), donate_argnames="average")
+def _followed(shardings: tuple[jax.sharding.Sharding, ...], average: Any, params: Any, share: float) -> Any:
+    placed = jax.tree.unflatten(jax.tree.structure(params), shardings)
+    moved = jax.tree.map(lambda own, weight: own + share * (weight - own), average, params)
+    return jax.lax.with_sharding_constraint(moved, placed)

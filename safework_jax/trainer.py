@@ -6,6 +6,7 @@ import functools
 import math
 import resource
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -16,9 +17,8 @@ import numpy as np
 
 from common.algorithms.objective import Sums, TokenArrays, add_sums, objective, update_record
 from common.config import LossConfig, RunConfig
-from common.state_files import TrainingState
 from common.trainer import NonFiniteUpdate, Response, Sampling, SamplingPrompt
-from common.types import TrainBatch
+from common.types import TrainBatch, TrainingState
 from safework_jax import optimizer, programs
 from safework_jax.checkpoint import named, restore_state, snapshot, stacked
 from safework_jax.config import JaxSection
@@ -40,6 +40,8 @@ class JaxTrainer:
         self._program = self._program_for(model)
         self._reference = None if reference is None else self._load(reference)
         self._moments = optimizer.init_moments(self._params)
+        rule = config.ema
+        self._average = None if rule.decay is None else optimizer.Average(self._params, rule.decay, rule.every)
 
     def _load(self, folder: Path) -> tuple[DecoderConfig, Params]:
         return load_model(folder, jnp.float32, partial(place_parameter, mesh=self._mesh))
@@ -64,6 +66,8 @@ class JaxTrainer:
         self._params, self._moments = optimizer.step(
             self._config.optimizer, self._params, self._moments, gradients, norm, rate
         )
+        if self._average is not None:
+            self._average.follow(self._params, int(jax.device_get(self._moments.count)))
 
     def _accumulate(self, batch: TrainBatch, loss_config: LossConfig) -> tuple[float, Sums, Params]:
         """The loss over the whole batch, its statistics as floats, and its gradient."""
@@ -118,13 +122,24 @@ class JaxTrainer:
         tree = stacked(gradients, self._params, self._program.model.num_layers)
         self._step(tree, optimizer.global_norm(tree), learning_rate)
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The average in the policy's place; see PolicyTrainer."""
+        assert self._average is not None, "ema.decay is not set, so there is no average"
+        policy, self._params = self._params, self._average.weights
+        try:
+            yield
+        finally:
+            self._params = policy
+
     def snapshot(self) -> TrainingState:
-        """Parameters and moments; see PolicyTrainer."""
-        return snapshot(self._params, self._moments, self._program.model.num_layers)
+        """Parameters, moments and average; see PolicyTrainer."""
+        return snapshot(self._params, self._moments, self._average, self._program.model.num_layers)
 
     def restore(self, directory: Path) -> None:
         """What either engine has saved; see PolicyTrainer."""
-        self._params, self._moments = restore_state(self._params, self._program.model.num_layers, directory)
+        num_layers = self._program.model.num_layers
+        self._params, self._moments = restore_state(self._params, self._average, num_layers, directory)
 
     def peak_memory_gib(self) -> float:
         """Peak of the device allocator, or of resident memory on a CPU."""

@@ -8,22 +8,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.state_files import Kind, Piece, SavedState, TrainingState, open_state
-from safework_torch.optimizer import AdamW
+from common.state_files import SavedState, open_state
+from common.types import Kind, Piece, TrainingState
+from safework_torch.optimizer import AdamW, Average
 from safework_torch.sharding import is_first_copy, local, own_part
 
 
-def snapshot(optimizer: AdamW) -> TrainingState:
-    """A copy of this process's shards of parameters and moments; none of a shard that a process before it has too."""
-    return TrainingState({kind: _pieces(tensors) for kind, tensors in _kinds(optimizer).items()}, optimizer.steps)
+def snapshot(optimizer: AdamW, average: Average | None) -> TrainingState:
+    """A copy of this process's shards of parameters, moments and average; none of a shard that a process before it has
+    too.
+    """
+    kinds = _kinds(optimizer, average)
+    return TrainingState({kind: _pieces(tensors) for kind, tensors in kinds.items()}, optimizer.steps)
 
 
-def _kinds(optimizer: AdamW) -> dict[Kind, Mapping[str, Tensor]]:
-    return {
+def _kinds(optimizer: AdamW, average: Average | None) -> dict[Kind, Mapping[str, Tensor]]:
+    kinds: dict[Kind, Mapping[str, Tensor]] = {
         "model": optimizer.named,
         "first_moment": optimizer.first_moment,
         "second_moment": optimizer.second_moment,
     }
+    return kinds if average is None else {**kinds, "ema": average.weights}
 
 
 def _pieces(tensors: Mapping[str, Tensor]) -> dict[str, list[Piece]]:
@@ -36,11 +41,11 @@ def _pieces(tensors: Mapping[str, Tensor]) -> dict[str, list[Piece]]:
 
 
 @torch.no_grad()
-def restore_state(optimizer: AdamW, folder: Path) -> None:
+def restore_state(optimizer: AdamW, average: Average | None, folder: Path) -> None:
     """Read the parts of a saved state that this process holds. Raises NotSaved where it cannot be read."""
     with open_state(folder) as saved:
-        for kind, tensors in _kinds(optimizer).items():
-            _fill(tensors, kind, saved)
+        for kind, tensors in _kinds(optimizer, average).items():
+            _fill(tensors, kind if kind in saved.kinds else "model", saved)
         optimizer.steps = saved.optimizer_steps
 
 

@@ -1,4 +1,5 @@
-"""The written AdamW rule in torch: eps outside the root, decoupled decay on matrices only, one global-norm clip.
+"""The written AdamW rule in torch: eps outside the root, decoupled decay on matrices only, one global-norm clip;
+and the average of the weights that follows it.
 
 Not torch.optim.AdamW: that one rounds the decayed weight before it adds the step. At a learning rate of 1e-6 the decay
 of one step is less than half a unit in the last place of fp32, so it would be lost; here, as in optax, decay and step
@@ -116,6 +117,31 @@ def _step(
 def _compiled() -> Callable[..., None]:
     """On a GPU all of a layer's arrays are read and written once."""
     return torch.compile(_step)
+
+
+class Average:
+    """The average of the weights by the rule of `EmaSection` (`common/config/run.py`): fp32, in shards as they are."""
+
+    def __init__(self, named: Mapping[str, nn.Parameter], decay: float, every: int) -> None:
+        self._named, self._decay, self._every = named, decay, every
+        self.weights: dict[str, Tensor] = {name: weight.detach().clone() for name, weight in named.items()}
+
+    @torch.no_grad()
+    def follow(self, steps: int) -> None:
+        """Take in the weights as they are after `steps` optimizer steps, if that is one of those that count."""
+        if steps % self._every == 0:
+            for name, weight in self._named.items():
+                own = local(self.weights[name])
+                own.add_(local(weight.detach()) - own, alpha=1.0 - self._decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the average with the weights of the model, a tensor at a time."""
+        for name, weight in self._named.items():
+            model, average = local(weight.detach()), local(self.weights[name])
+            kept = model.clone()
+            model.copy_(average)
+            average.copy_(kept)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
 from typing import Literal
@@ -16,14 +17,13 @@ from transformers import PreTrainedModel
 
 from common.algorithms.objective import Sums, TokenArrays, add_sums, objective, update_record
 from common.config import ConfigError, LossConfig, RunConfig
-from common.state_files import TrainingState
 from common.trainer import NonFiniteUpdate, Response, Sampling, SamplingPrompt
-from common.types import TrainBatch
+from common.types import TrainBatch, TrainingState
 from safework_torch.attention import fast_kernels
 from safework_torch.checkpoint import restore_state, snapshot
 from safework_torch.config import TorchSection
 from safework_torch.model import Microbatch, load_model, microbatch, packed_logprobs, prepare_layers
-from safework_torch.optimizer import AdamW
+from safework_torch.optimizer import AdamW, Average
 from safework_torch.processes import gather_objects, gather_rows, own_rows
 from safework_torch.sampling import sample
 from safework_torch.sharding import Whole, full, shard_like
@@ -52,6 +52,8 @@ class TorchTrainer:
             frozen = load_model(reference, self._device, self._dtype).requires_grad_(False)
             self._reference = Whole(frozen, section.sharding, self._dtype)
         self._optimizer = AdamW(self._policy.masters, config.optimizer, self._policy.copies)
+        rule = config.ema
+        self._average = None if rule.decay is None else Average(self._policy.masters, rule.decay, rule.every)
 
     def update(self, batch: TrainBatch, learning_rate: float) -> dict[str, float]:
         """One optimizer step; see PolicyTrainer."""
@@ -67,6 +69,8 @@ class TorchTrainer:
         self._optimizer.step(norm, learning_rate)
         self._optimizer.zero_grad()
         self._policy.follow_masters()
+        if self._average is not None:
+            self._average.follow(self._optimizer.steps)
 
     def _accumulate(self, batch: TrainBatch, loss_config: LossConfig) -> tuple[float, Sums]:
         """Sum the gradient of the whole batch into `.grad`; returns the loss and its statistics as floats."""
@@ -139,13 +143,27 @@ class TorchTrainer:
             parameter.grad = shard_like(torch.from_numpy(gradients[name]).to(self._device), parameter)
         self._step(self._optimizer.gradient_norm(), learning_rate)
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The average in the policy's place; see PolicyTrainer."""
+        assert self._average is not None, "ema.decay is not set, so there is no average"
+        self._swap(self._average)
+        try:
+            yield
+        finally:
+            self._swap(self._average)
+
+    def _swap(self, average: Average) -> None:
+        average.swap()
+        self._policy.follow_masters()
+
     def snapshot(self) -> TrainingState:
-        """Parameters and moments; see PolicyTrainer."""
-        return snapshot(self._optimizer)
+        """Parameters, moments and average; see PolicyTrainer."""
+        return snapshot(self._optimizer, self._average)
 
     def restore(self, directory: Path) -> None:
         """What either engine has saved; see PolicyTrainer."""
-        restore_state(self._optimizer, directory)
+        restore_state(self._optimizer, self._average, directory)
         self._policy.follow_masters()
 
     def peak_memory_gib(self) -> float:

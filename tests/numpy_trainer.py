@@ -12,7 +12,8 @@ import os
 import resource
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,9 +25,9 @@ from common.config import LoadedConfig, RunConfig
 from common.config.method import LossConfig
 from common.engine_main import Engine, run_verb
 from common.serving.model import LocalJudge
-from common.state_files import Kind, Piece, TrainingState, open_state
+from common.state_files import open_state
 from common.trainer import NonFiniteUpdate, Response, Sampling, SamplingPrompt
-from common.types import TrainBatch
+from common.types import Kind, Piece, TrainBatch, TrainingState
 from tests.adamw import Reference as AdamW
 from tests.teams import open_team
 
@@ -153,6 +154,7 @@ class NumpyTrainer:
         table = np.random.default_rng(0).normal(0.0, 0.1, (CLASSES, vocab_size))
         self._reference = table.copy()
         self._optimizer = AdamW(config.optimizer, {TABLE: table}, frozenset({TABLE}))
+        self._average = None if config.ema.decay is None else {TABLE: table.copy()}
         self.calls: Counter[str] = Counter()
 
     @property
@@ -169,6 +171,8 @@ class NumpyTrainer:
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise NonFiniteUpdate(f"loss {loss}, gradient norm {norm}.")
         self._optimizer.step({TABLE: gradient}, learning_rate)
+        if self._average is not None and self._optimizer.steps % self._config.ema.every == 0:
+            self._average[TABLE] += (1.0 - self._config.ema.decay) * (self.table - self._average[TABLE])
         return update_record(sums, norm)
 
     def gradient(self, table: np.ndarray, batch: TrainBatch) -> tuple[float, np.ndarray, Sums]:
@@ -205,10 +209,17 @@ class NumpyTrainer:
         ends = np.exp(log_all).cumsum(axis=1)
         return [[_respond(prompt, row, log_all, ends, sampling) for row in prompt.uniforms] for prompt in prompts]
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The average in the policy's place; see PolicyTrainer."""
+        policy, self._optimizer.parameters = self._optimizer.parameters, self._average
+        yield
+        self._optimizer.parameters = policy
+
     def snapshot(self) -> TrainingState:
         """Table and moments: of a run's processes, which all have them, each gives some rows. See PolicyTrainer."""
         rule, zeros = self._optimizer, np.zeros_like(self.table)
-        arrays = {kind: tensors.get(TABLE, zeros) for kind, tensors in _kinds(rule).items()}
+        arrays = {kind: tensors.get(TABLE, zeros) for kind, tensors in self._kinds().items()}
         index, count = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
         start, stop = CLASSES * index // count, CLASSES * (index + 1) // count
         pieces = {kind: Piece(array[start:stop].copy(), (start, 0), array.shape) for kind, array in arrays.items()}
@@ -218,17 +229,17 @@ class NumpyTrainer:
         """A saved table and its moments; see PolicyTrainer."""
         rule = self._optimizer
         with open_state(directory) as saved:
-            for kind, tensors in _kinds(rule).items():
-                tensors[TABLE] = saved.read(kind, TABLE)
+            for kind, tensors in self._kinds().items():
+                tensors[TABLE] = saved.read(kind if kind in saved.kinds else "model", TABLE)
             rule.steps = saved.optimizer_steps
+
+    def _kinds(self) -> dict[Kind, dict[str, np.ndarray]]:
+        rule, average = self._optimizer, {"ema": self._average} if self._average is not None else {}
+        return {"model": rule.parameters, "first_moment": rule.first, "second_moment": rule.second, **average}
 
     def peak_memory_gib(self) -> float:
         """Peak of resident memory."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _kinds(rule: AdamW) -> dict[Kind, dict[str, np.ndarray]]:
-    return {"model": rule.parameters, "first_moment": rule.first, "second_moment": rule.second}
 
 
 def _classes(batch: TrainBatch) -> np.ndarray:

@@ -95,6 +95,8 @@ def _evaluation_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
             "held-out evaluation is on and has no prompts. Name a file, or set evaluation.at_ends to false and "
             "evaluation.every to 0.",
         )
+    if config.evaluation.weights == "ema" and config.ema.decay is None:
+        yield "evaluation.weights", "there is no average of the weights. Set ema.decay, or this to policy."
 
 
 def _overlong_checks(config: RunConfig) -> Iterator[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -156,15 +156,28 @@ class CheckpointSection(Section):
     keep: PositiveInt = 2
 
 
+class EmaSection(Section):
+    """An average of the policy's weights, fp32: at first a copy of them; after every `every`-th optimizer update
+    average += (1 - decay) x (weights - average).
+
+    decay: null keeps no average. A run that goes on with one for the first time begins it with the weights it has then.
+    """
+
+    decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    every: PositiveInt = 1
+
+
 class EvaluationSection(Section):
     """Held-out evaluation before the first step and after the last (`at_ends`), and every `every` steps (0: never).
 
-    samples: responses per held-out prompt, at the rollout's own temperature.
+    samples: responses per held-out prompt, at the rollout's own temperature. weights: whose responses, those of the
+    policy or of its average (`ema`). A finished run's own export is of the same weights.
     """
 
     at_ends: bool = False
     every: NonNegativeInt = 0
     samples: PositiveInt = 4
+    weights: Literal["policy", "ema"] = "policy"
 
 
 class MetricsSection(Section):
@@ -190,6 +203,7 @@ class RunConfig(Section):
     advantage: AdvantageConfig = Field(default_factory=AdvantageConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    ema: EmaSection = Field(default_factory=EmaSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     metrics: MetricsSection = Field(default_factory=MetricsSection)
 

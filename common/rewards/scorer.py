@@ -52,12 +52,18 @@ class Scorer:
         self._team = team
         self._verifying = Verifying(recipe.verifiers, section.deadline_s)
 
-    def score(self, groups: Sequence[RolloutGroup], already: Scored = Scored()) -> Scored:
-        """Rewards of all groups, behind those that the step has already.
+    def ask(self, groups: Sequence[RolloutGroup]) -> list[Results]:
+        """For each group what the verifiers say of each of its responses."""
+        return self._team.shared(groups, self._results_by_group, "the scores")
+
+    def score(
+        self, groups: Sequence[RolloutGroup], already: Scored = Scored(), asked: list[Results] | None = None
+    ) -> Scored:
+        """Rewards of all groups, behind those that the step has already; asked: what the verifiers have said of them.
 
         Raises ScoreMissing when more scores of the step are missing than allowed, or no group of it is complete.
         """
-        by_group = self._team.shared(groups, self._results_by_group, "the scores")
+        by_group = self.ask(groups) if asked is None else asked
         results = [result for results in by_group for result in results]
         tallies = {name: already.tallies.get(name, Tally()) + new for name, new in self._tallies(results).items()}
         scored = Scored(already.groups + self._complete(groups, results), tallies)

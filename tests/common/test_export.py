@@ -17,9 +17,9 @@ from safetensors.numpy import load_file
 
 from common.data.chat import Chat
 from common.disk import NotSaved
-from common.export import MARKER, export_model, exported_checkpoint
-from common.state_files import TrainingState, whole, write_state
-from common.types import Message
+from common.export import MARKER, export_model, exported
+from common.state_files import whole, write_state
+from common.types import Message, TrainingState
 from tests.full_disk import limited_files, small_disk
 from tests.tiny import make_model
 
@@ -174,9 +174,9 @@ def test_an_export_that_cannot_take_its_place_gives_it_back(
 
 
 def test_an_export_knows_its_checkpoint(source: Path, tmp_path: Path) -> None:
-    assert exported_checkpoint(tmp_path / "out") is None
+    assert exported(tmp_path / "out") is None
     export_model(trained(tmp_path / "step-000007", source)[0], source, tmp_path / "out", "float32")
-    assert exported_checkpoint(tmp_path / "out") == "step-000007"
+    assert exported(tmp_path / "out") == ("step-000007", "policy")
 
 
 def test_an_empty_folder_of_any_name_takes_an_export(
@@ -185,4 +185,4 @@ def test_an_empty_folder_of_any_name_takes_an_export(
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     export_model(trained(tmp_path / "saved", source)[0], source, Path("."), "float32")
-    assert exported_checkpoint(tmp_path / "empty") == "saved"
+    assert exported(tmp_path / "empty") == ("saved", "policy")

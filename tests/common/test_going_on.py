@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from common.algorithms.schedule import learning_rate
 from common.config import load_config
 from common.run_dir import LoopState, RunDir
-from common.state_files import TrainingState, whole, write_part
+from common.state_files import save_tensors, whole, write_part
+from common.types import TrainingState
 from tests.numpy_run import Trained, train
 from tests.runs import lowercase_run, read_lines, saved_steps, untimed
 
@@ -181,7 +182,7 @@ def test_weights_that_are_not_finite_stop_before_anything_is_recorded(
     weights = folder / "checkpoints" / "step-000004" / "model.safetensors"
     table = load_file(weights)["table"].copy()
     table[:, 100] = np.nan
-    save_file({"table": table}, weights)
+    save_tensors({"table": table}, weights, {})
     run = train(run_file, "run.steps=6")
     assert run.status == 1
     assert "error: step 4: the policy's logprobs of a response to prompt 'p" in capsys.readouterr().err
@@ -202,6 +203,23 @@ def test_the_newest_checkpoints_stay_and_none_goes_before_a_newer_is_complete(tm
     assert stood == [[], [1], [1, 2], [2, 3]]
     assert run_dir.saved_steps() == [3, 4]
     assert sorted(path.name for path in run_dir.checkpoints.iterdir()) == ["step-000003", "step-000004"]
+
+
+def test_an_average_is_never_lost_on_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_file = lowercase_run(tmp_path)
+    folder = train(run_file, "ema.decay=0.5", "evaluation.weights=ema", "evaluation.at_ends=true").folder
+    last = folder / "checkpoints" / "step-000004"
+    average = load_file(last / "ema.safetensors")["table"]
+    assert (average != load_file(last / "model.safetensors")["table"]).any()
+    np.testing.assert_array_equal(load_file(folder / "export" / "model.safetensors")["table"], average.astype("f4"))
+    before = unchanged(folder)
+    capsys.readouterr()
+    refused = train(run_file, "run.steps=6")
+    assert (refused.status, refused.trainers) == (1, [])
+    said = f"{last} has an average of the weights, which would be lost. Set it to go on with the average."
+    assert said in capsys.readouterr().err
+    assert unchanged(folder).keys() == before.keys()
+    assert len(train(run_file, "run.steps=6", "ema.decay=0.9").metrics) == 6
 
 
 def test_a_run_dir_that_is_no_folder_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

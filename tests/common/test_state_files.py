@@ -18,7 +18,8 @@ from hypothesis.extra import numpy as hnp
 from safetensors import safe_open
 
 from common.disk import NotSaved
-from common.state_files import MANIFEST, Piece, TrainingState, open_state, seal, whole, write_part, write_state
+from common.state_files import MANIFEST, open_state, seal, whole, write_part, write_state
+from common.types import Piece, TrainingState
 from tests.full_disk import limited_files, small_disk
 
 FILES = ["first_moment.safetensors", MANIFEST, "model.safetensors", "second_moment.safetensors"]

@@ -204,7 +204,7 @@ def export(params: text.Params, source: Path, folder: Path, dtype: Literal["floa
     """Save a training state and export it, as a finished run does: folder/export."""
     state = folder / "state"
     state.mkdir()
-    write_state(snapshot(params, init_moments(params), SIZES["num_hidden_layers"]), state)
+    write_state(snapshot(params, init_moments(params), None, SIZES["num_hidden_layers"]), state)
     export_model(state, source, folder / "export", dtype)
 
 

@@ -107,8 +107,8 @@ def test_restored_equals_never_stopped(tmp_path: Path) -> None:
         whole.step(gradients, 1e-3)
     for gradients in steps[:4]:
         first.step(gradients, 1e-3)
-    write_state(snapshot(first.params, first.moments, LAYERS), tmp_path)
-    again.params, again.moments = restore_state(again.params, LAYERS, tmp_path)
+    write_state(snapshot(first.params, first.moments, None, LAYERS), tmp_path)
+    again.params, again.moments = restore_state(again.params, None, LAYERS, tmp_path)
     for gradients in steps[4:]:
         again.step(gradients, 1e-3)
     assert int(again.moments.count) == len(steps)
