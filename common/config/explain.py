@@ -16,9 +16,11 @@ from common.config.launching import LaunchSection
 from common.config.load import LoadedConfig
 from common.config.run import RunConfig
 
-# What a resumed run may change: none of it alters what an earlier step computed.
+# What a resumed run may change: none of it alters what an earlier step computed, and the engine, how its devices share
+# the work and how much they take at a time, alter what a later one does by rounding alone.
 MAY_CHANGE = re.compile(
-    r"run\.(dir|steps)|(checkpoint|evaluation|metrics)\..*|rewards\.(on_missing|max_missing|deadline_s|cache)|"
+    r"run\.(dir|steps)|(checkpoint|ema|evaluation|metrics)\..*|rewards\.(on_missing|max_missing|deadline_s|cache)|"
+    r"backend\.(name|threads|recompute|(torch|jax)(\..*)?)|batch\.rows_per_microbatch|rollout\.rows|"
     r"rewards\.(attack_cases|attack_report|max_attack_gain)|"
     r"servers\.[^.]+\.(urls|api_key_env|concurrency|deadline_s|retries|launch(\.\S+)?)"
 )

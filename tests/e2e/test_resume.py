@@ -83,6 +83,17 @@ def within_a_save(process: subprocess.Popen[str], folder: Path) -> None:
         process.send_signal(signal.SIGCONT)
 
 
+@pytest.mark.parametrize(("first", "second"), [("torch", "jax"), ("jax", "torch")])
+def test_a_run_goes_on_on_the_other_engine(tmp_path: Path, first: str, second: str) -> None:
+    run_file = exercised_run(tmp_path, first)
+    small = ("evaluation.at_ends=false", "ema.decay=0.9")
+    assert safework("train", run_file, "run.steps=2", *small).returncode == 0
+    moved = safework("train", run_file, "run.steps=3", *small, f"backend.name={second}")
+    assert moved.returncode == 0, moved.stderr
+    assert f"resuming after step 2, 3 steps on {second}" in moved.stdout
+    assert [record["step"] for record in read_lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
+
+
 def weights(run_file: Path) -> str:
     return hashlib.sha256((run_file.parent / "run" / "export" / "model.safetensors").read_bytes()).hexdigest()
 

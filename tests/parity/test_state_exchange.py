@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from common.config import load_config
 from common.parity.ladder import CURVE, LIVE_GRADIENTS, NORM_RATIO
 from common.parity.measure import ParityTrainer
+from common.parity.recording import off_policy
 from common.state_files import MANIFEST
 from safework_jax.main import open_trainer as open_jax
 from safework_torch.main import open_trainer as open_torch
@@ -18,11 +21,14 @@ from tests.tiny import make_model
 from tests.training import packed, random_sequences, save, saved_state, write_run
 
 RATE = 1e-3
+REPLAY_RATE = 1e-5  # of the ladder
+MOMENTS = 1e-3  # after live gradients, as a gradient of the ladder may differ
+REPLAYED = [off_policy(packed(random_sequences(9, seed=seed), 48, 2)) for seed in range(20)]
 BATCHES = [packed(random_sequences(9, seed=seed), 48, 2) for seed in range(4)]
 
 
-def open_engine(name: str, model: Path) -> ParityTrainer:
-    loaded = load_config([write_run(model.parent, model, backend={"name": name, "threads": 0})])
+def open_engine(name: str, model: Path, **sections: dict[str, Any]) -> ParityTrainer:
+    loaded = load_config([write_run(model.parent, model, backend={"name": name, "threads": 0}, **sections)])
     opener: Callable[..., ParityTrainer] = {"torch": open_torch, "jax": open_jax}[name]
     return opener(loaded, model, None)
 
@@ -54,6 +60,40 @@ def test_the_other_engine_goes_on(writer: str, reader: str, model_type: str, tmp
         limit = LIVE_GRADIENTS if name.startswith("model/") else 1e-4
         assert np.linalg.norm(moved) > 0
         assert np.linalg.norm(found[name] - array) <= limit * np.linalg.norm(moved), name
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty replayed steps on each engine: `ENGINE-start`, `ENGINE-half` and `ENGINE-whole`."""
+    folder = tmp_path_factory.mktemp("straight")
+    model = make_model(folder / "model")
+    for engine in ("torch", "jax"):
+        trainer = open_engine(engine, model)
+        saved(trainer, folder / f"{engine}-start")
+        for name, batches in (("half", REPLAYED[:10]), ("whole", REPLAYED[10:])):
+            losses = [trainer.update(batch, REPLAY_RATE)["loss/policy"] for batch in batches]
+            saved(trainer, folder / f"{engine}-{name}")
+            (folder / f"{engine}-{name}.json").write_text(json.dumps(losses))
+    return folder
+
+
+@pytest.mark.parametrize(("writer", "reader"), [("torch", "jax"), ("jax", "torch")])
+def test_ten_steps_here_and_ten_there_are_twenty_of_either(
+    straight: Path, tmp_path: Path, writer: str, reader: str
+) -> None:
+    trainer = open_engine(reader, straight / "model")
+    trainer.restore(straight / f"{writer}-half")
+    losses = [trainer.update(batch, REPLAY_RATE)["loss/policy"] for batch in REPLAYED[10:]]
+    found = saved(trainer, tmp_path / "found")
+    for engine in ("torch", "jax"):
+        assert losses == pytest.approx(json.loads((straight / f"{engine}-whole.json").read_text()), abs=CURVE)
+        start, whole = (saved_state(straight / f"{engine}-{name}") for name in ("start", "whole"))
+        assert found.keys() == whole.keys()
+        for name, array in whole.items():
+            moved = np.linalg.norm(array - start[name])
+            limit = LIVE_GRADIENTS if name.startswith("model/") else MOMENTS
+            assert moved > 0
+            assert np.linalg.norm(found[name] - array) <= limit * moved, name
 
 
 def test_both_write_the_same_files(tmp_path: Path) -> None:
