@@ -39,6 +39,8 @@ class TeamRun:
         if kind is None:
             self._wait()
             self._team.exchange(None, "the last checkpoint")
+        elif issubclass(kind, NotSaved):
+            self._wait()  # what it may raise is the reason: a checkpoint that fills the disk leaves none for records
         elif self._saving is not None and issubclass(kind, Exception):
             self._saving.wait()
 

@@ -14,14 +14,17 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
 
 from common.data.chat import Chat
 from common.disk import NotSaved
 from common.export import MARKER, export_model, exported
 from common.state_files import whole, write_state
-from common.types import Message, TrainingState
+from common.types import Kind, Message, TrainingState
 from tests.full_disk import limited_files, small_disk
 from tests.tiny import make_model
+
+SIZES: dict[Kind, np.float32] = {"model": np.float32(1.0), "ema": np.float32(2.0)}
 
 
 def checkpoint(folder: Path, **tensors: np.ndarray) -> Path:
@@ -54,6 +57,39 @@ def test_exported_weights_are_the_trained_ones(source: Path, tmp_path: Path) -> 
         assert found[name].tobytes() == array.tobytes()
     with safe_open(tmp_path / "out" / "model.safetensors", "np") as file:
         assert file.metadata() == {"format": "pt"}  # transformers refuses a file that does not say so
+
+
+def test_a_large_model_is_several_files_that_are_read_as_one(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, weights = trained(tmp_path / "saved", source)
+    monkeypatch.setattr("common.export.FILE_BYTES", 100_000)
+    export_model(saved, source, tmp_path / "out", "float32")
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    assert all(len(load_file(file)) == 1 or file.stat().st_size < 110_000 for file in files)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    found = dict(model.named_parameters())
+    assert found.keys() == weights.keys()
+    for name, array in weights.items():
+        np.testing.assert_array_equal(found[name].detach().numpy(), array)
+
+
+def test_the_average_is_exported_where_there_is_one(source: Path, tmp_path: Path) -> None:
+    _, weights = trained(tmp_path / "saved", source)
+    pieces = {kind: {name: whole(array * size) for name, array in weights.items()} for kind, size in SIZES.items()}
+    write_state(TrainingState(pieces, 3), tmp_path / "saved")
+    for choice, size in (("policy", 1.0), ("ema", 2.0)):
+        export_model(tmp_path / "saved", source, tmp_path / "out", "float32", choice)
+        assert exported(tmp_path / "out") == ("saved", choice)
+        for name, array in load_file(tmp_path / "out" / "model.safetensors").items():
+            np.testing.assert_array_equal(array, weights[name] * np.float32(size))
+    (tmp_path / "none").mkdir()
+    write_state(TrainingState({"model": pieces["model"]}, 3), tmp_path / "none")
+    with pytest.raises(
+        NotSaved, match=r"none: has no average of the weights \(ema\.decay\)\. Export --weights policy\."
+    ):
+        export_model(tmp_path / "none", source, tmp_path / "out", "float32", "ema")
 
 
 def test_bfloat16_rounds_to_nearest_and_the_config_says_so(source: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from common.algorithms.schedule import learning_rate
 from common.config import load_config
+from common.disk import NotSaved
 from common.run_dir import LoopState, RunDir
 from common.state_files import save_tensors, whole, write_part
 from common.types import TrainingState
@@ -203,6 +204,19 @@ def test_the_newest_checkpoints_stay_and_none_goes_before_a_newer_is_complete(tm
     assert stood == [[], [1], [1, 2], [2, 3]]
     assert run_dir.saved_steps() == [3, 4]
     assert sorted(path.name for path in run_dir.checkpoints.iterdir()) == ["step-000003", "step-000004"]
+
+
+def test_a_part_that_does_not_come_is_named_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    part = TrainingState({"model": {"w": whole(np.ones(3, np.float32))}}, 1)
+    for step, count in ((1, 1), (2, 3)):
+        state = run_dir.begin_checkpoint(LoopState(step=step))
+        write_part(part, run_dir.unfinished(step), 0, count)
+        if count == 1:
+            run_dir.complete_checkpoint(state, count, keep=1, deadline_s=1.0)
+    with pytest.raises(NotSaved, match=r"step-000002.partial: no part of process 1, 2 after 0 s \(run.deadline_s\)"):
+        run_dir.complete_checkpoint(state, count=3, keep=1, deadline_s=0.1)
+    assert run_dir.state().step == 1
 
 
 def test_an_average_is_never_lost_on_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

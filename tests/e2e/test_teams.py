@@ -44,16 +44,22 @@ def close(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> None:
             assert right[key] == (pytest.approx(value, rel=2e-4, abs=2e-6) if isinstance(value, float) else value), key
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_several_processes_do_the_steps_of_one(tmp_path: Path, engine: str) -> None:
-    count = 4
-    alone = safework("train", run_of(tmp_path / "one", engine))
-    assert alone.returncode == 0, alone.stderr
+@pytest.fixture(scope="module", params=ENGINES)
+def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """An engine, and the folder of its run in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    done = safework("train", run_of(folder, request.param))
+    assert done.returncode == 0, done.stderr
+    return request.param, folder / "run"
+
+
+def test_several_processes_do_the_steps_of_one(tmp_path: Path, alone: tuple[str, Path]) -> None:
+    count, (engine, one) = 4, alone
     words = (run_of(tmp_path / "many", engine), *overrides(engine, count))
     with started(count, ENGINES[engine], "train", *words, hosts=2) as processes:
         done = finished(processes)
     assert [each.returncode for each in done] == [0] * count, done
-    one, many = tmp_path / "one" / "run", tmp_path / "many" / "run"
+    many = tmp_path / "many" / "run"
     close(read_lines(one / "metrics.jsonl"), read_lines(many / "metrics.jsonl"))
     close(read_lines(one / "evaluation.jsonl"), read_lines(many / "evaluation.jsonl"))
     ours, theirs = (read_lines(folder / "rollouts.jsonl") for folder in (one, many))
@@ -61,6 +67,23 @@ def test_several_processes_do_the_steps_of_one(tmp_path: Path, engine: str) -> N
     assert saved_steps(one) == saved_steps(many)
     said = [[line for line in each.stdout.splitlines() if not line.startswith("[Gloo]")] for each in done]
     assert said[0][-1].startswith("done: ") and not any(said[1:])
+
+
+def test_a_run_goes_on_in_other_numbers_of_processes(tmp_path: Path, alone: tuple[str, Path]) -> None:
+    """The same prompts in the same order, the same losses and tokens: each process reads what it holds of the state."""
+    engine, one = alone
+    run_file, folder = run_of(tmp_path, engine), tmp_path / "run"
+    for steps, count in ((2, 2), (3, 1), (4, 4)):
+        words = (f"run.steps={steps}", "evaluation.at_ends=false", *overrides(engine, count))
+        with started(count, ENGINES[engine], "train", run_file, *words) as processes:
+            done = finished(processes)
+        assert [each.returncode for each in done] == [0] * count, done
+        parts = list((folder / "checkpoints" / f"step-{steps:06d}").glob("model*.safetensors"))
+        assert len(parts) == count
+    close(read_lines(one / "metrics.jsonl"), read_lines(folder / "metrics.jsonl"))
+    ours, theirs = (read_lines(each / "rollouts.jsonl") for each in (one, folder))
+    for key in ("step", "prompt_id", "token_ids"):
+        assert [record[key] for record in ours] == [record[key] for record in theirs]
 
 
 def kill_one(engine: str, run_file: Path, killed: int, *words: str) -> None:
