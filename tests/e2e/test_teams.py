@@ -23,7 +23,8 @@ def run_of(folder: Path, engine: str, **sections: dict[str, Any]) -> Path:
         "rollout": {"prompts_per_step": 3, "group_size": 4, "max_new_tokens": 6},
         "batch": {"row_tokens": 128, "rows_per_microbatch": 4},
         "optimizer": {"learning_rate": 0.02, "warmup_fraction": 0.0},
-        "evaluation": {"at_ends": True, "samples": 1},
+        "ema": {"decay": 0.5},
+        "evaluation": {"at_ends": True, "samples": 1, "weights": "ema"},
     }
     for name, changes in sections.items():
         tables[name] = {**tables.get(name, {}), **changes}
