@@ -62,6 +62,7 @@ def stop(processes: Sequence[subprocess.Popen[str]]) -> None:
 
 def kill(processes: Sequence[subprocess.Popen[str]], folder: Path, moment: str, rng: random.Random) -> None:
     """Kill both processes in a save, or one of them anywhere in the steps after the next checkpoint."""
+    wait_until(lambda: bool(saved_steps(folder)), processes[0])
     if moment == IN_A_SAVE:
         while True:
             wait_until(lambda: half_written(folder), processes[0], pause=0.0)
@@ -73,8 +74,8 @@ def kill(processes: Sequence[subprocess.Popen[str]], folder: Path, moment: str, 
         for process in processes:
             process.kill()
         return
-    known = max(saved_steps(folder), default=0)
-    wait_until(lambda: max(saved_steps(folder), default=0) > known, processes[0])
+    known = max(saved_steps(folder))
+    wait_until(lambda: max(saved_steps(folder)) > known, processes[0])
     time.sleep(rng.uniform(0.0, 0.1))
     processes[rng.randrange(2)].kill()
 
@@ -103,7 +104,7 @@ def check_kills(tmp_path: Path, engine: str, moments: Sequence[str]) -> None:
         with started(2, module, *words, **{BOARD: str(boards[number])}) as processes:
             kill(processes, folder, moment, rng)
             assert all(each.returncode for each in finished(processes))
-        assert 0 < max(saved_steps(folder), default=0) < steps or number == 0
+        assert 0 < max(saved_steps(folder)) < steps
         assert half_written(folder) or moment == ANYWHERE
     with started(2, module, *words, **{BOARD: str(boards[-2])}) as processes:
         done = finished(processes)
