@@ -87,11 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     cluster.set_defaults(run=launching.launch)
 
     export = verbs.add_parser("export", help="write a run's newest checkpoint as a Hugging Face folder")
-    export.add_argument("run_dir", type=Path, help="the folder of a run")
-    export.add_argument("--out", type=Path, help="where to; default: export/ in the run folder")
-    export.add_argument("--step", type=int, help="another checkpoint that is still there")
-    export.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
-    export.add_argument("--weights", choices=get_args(Weights), default="policy", help="the policy's, or their average")
+    _add_export_options(export)
     export.set_defaults(run=_export)
 
     parity = verbs.add_parser("parity", help="measure torch against JAX on a config's own model and data")
@@ -114,6 +110,14 @@ def _parser() -> argparse.ArgumentParser:
     attack.add_argument("--out", default="", help="the report; default: rewards.attack_report")
     attack.set_defaults(run=_attack)
     return parser
+
+
+def _add_export_options(export: argparse.ArgumentParser) -> None:
+    export.add_argument("run_dir", type=Path, help="the folder of a run")
+    export.add_argument("--out", type=Path, help="where to; default: export/ in the run folder")
+    export.add_argument("--step", type=int, help="another checkpoint that is still there")
+    export.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    export.add_argument("--weights", choices=get_args(Weights), default="policy", help="the policy's, or their average")
 
 
 def _engine_command(name: str, *words: str) -> list[str]:

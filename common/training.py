@@ -8,21 +8,13 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from common.attack.report import refuse_untried
-from common.config import LoadedConfig, RunConfig
-from common.config.checks import warnings
-from common.experiment import (
-    load_data,
-    open_chat,
-    open_run,
-    policy_folder,
-    reference_folder,
-    refuse_lost_average,
-    refuse_other_data,
-)
+from common.config import LoadedConfig, RunConfig, checks
+from common.experiment import load_data, open_chat, policy_folder, reference_folder
 from common.export import Weights, export_model, exported
 from common.interrupt import INTERRUPTED, Interrupt
 from common.loop import Loop
 from common.reporting import Reporter
+from common.resume import open_run, refuse_lost_average, refuse_other_data
 from common.rewards.scorer import Scorer
 from common.rollout.sampler import RolloutSampler
 from common.run_dir import RunDir
@@ -37,7 +29,7 @@ OpenTrainer = Callable[[LoadedConfig, Path, Path | None], PolicyTrainer]
 def train(loaded: LoadedConfig, open_trainer: OpenTrainer, open_judge: OpenJudge, team: Team, command: str) -> int:
     """Train to the end or to an interrupt, from the newest checkpoint; returns the exit status. `command` goes on."""
     config = loaded.config
-    for sentence in warnings(config) if team.leads else ():
+    for sentence in checks.warnings(config) if team.leads else ():
         print(f"warning: {sentence}", file=sys.stderr)
     policy = policy_folder(loaded)
     chat = open_chat(loaded, policy)
@@ -51,7 +43,7 @@ def train(loaded: LoadedConfig, open_trainer: OpenTrainer, open_judge: OpenJudge
             if team.leads:
                 _export_again(run_dir, start.step, policy, config.evaluation.weights)
             return 0
-        refuse_other_data(start, data)
+        refuse_other_data(start, data.digests)
         if start.step:
             refuse_lost_average(loaded, run_dir.checkpoint(start.step))
         trainer = open_trainer(loaded, policy, reference)
