@@ -22,7 +22,7 @@ from common.engine_main import INTERRUPTED, USER_ERRORS, split_arguments
 from common.experiment import load_data, open_chat, policy_folder, reference_folder
 from common.export import DTYPES, Weights, export_model
 from common.launch import verb as launching
-from common.parity.ladder import certificate, compare, table
+from common.parity.ladder import certificate, compare, compare_relays, table
 from common.plan import verb as planning
 from common.reporting import UnwatchedConsole
 from common.run_dir import RunDir
@@ -223,7 +223,11 @@ def _parity(arguments: argparse.Namespace) -> int:
         for engine in ("torch", "jax"):
             console.print(f"measuring {engine}")
             _run_engine(engine, "measure", str(recording), str(gradients), str(folder / engine), *arguments.config)
+        for engine, other in (("torch", "jax"), ("jax", "torch")):
+            console.print(f"going on on {engine} where {other} was after half of the steps")
+            _run_engine(engine, "relay", str(recording), str(folder / other), str(folder / engine), *arguments.config)
         rungs = compare(config, recording, folder / "torch", folder / "jax")
+        rungs += compare_relays(folder / "torch", folder / "jax")
         written = json.dumps(certificate(config, recording, rungs), indent=1) + "\n"
     console.print(table(rungs))
     try:

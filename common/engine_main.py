@@ -6,6 +6,7 @@ attack OPTIONS CONFIG...                        attack the judges; OPTIONS is a 
 score FILE OUT LABEL CONFIG...                  score a file of prompts and responses; an empty LABEL is none
 record FOLDER STEPS CONFIG...                   parity: sample the batches that both engines are fed
 measure RECORDING GRADIENTS FOLDER CONFIG...    parity: run this engine's side of the ladder
+relay RECORDING OTHER FOLDER CONFIG...          parity: go on where the other engine was after half of the steps
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from common.attack.trial import Options, attack
 from common.config import ConfigError, LoadedConfig, load_config
 from common.disk import NotSaved
 from common.interrupt import INTERRUPTED, stop_at_sigterm
-from common.parity.sides import OpenTrainer, measure_side, record_batches
+from common.parity.sides import OpenTrainer, measure_side, record_batches, relay_side
 from common.plan.verb import OpenPlan, plan
 from common.reporting import leave_unread
 from common.rewards.scorer import ScoreMissing
@@ -89,7 +90,7 @@ def _part_from_lost_readers() -> None:
 
 def _run(engine: Engine, words: Sequence[str]) -> int:
     match words:
-        case ["record" | "measure" as verb, *rest]:
+        case ["record" | "measure" | "relay" as verb, *rest]:
             return _parity(engine, verb, rest)
         case ["train", *config]:
             loaded, command = _load(config), f"safework train {shlex.join(config)}"
@@ -115,6 +116,9 @@ def _parity(engine: Engine, verb: str, words: Sequence[str]) -> int:
             return 0
         case ["measure", recording, gradients, folder, *config]:
             measure_side(_load(config), engine.open_trainer, Path(recording), Path(gradients), Path(folder))
+            return 0
+        case ["relay", recording, other, folder, *config]:
+            relay_side(_load(config), engine.open_trainer, Path(recording), Path(other), Path(folder))
             return 0
     return _usage()
 

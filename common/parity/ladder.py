@@ -29,8 +29,10 @@ NORM_RATIO = 1e-4
 GRADIENT_L2 = 1e-3
 SAME_GRADIENTS = 1e-4
 LIVE_GRADIENTS = 0.1
+RELAY_MOMENTS = 1e-3
 CURVE = 1e-3
 CURVE_SHARE = 0.1  # of how far the updates moved the curve: engines that stand still agree too
+MOMENTS = ("first_moment", "second_moment")
 PACKAGES = ("numpy", "torch", "jax", "flax", "optax", "transformers", "safework")
 
 
@@ -60,6 +62,13 @@ def compare(config: RunConfig, recording: Path, first: Path, second: Path) -> li
         *_states(first, second),
         *_curves(first, second),
     ]
+
+
+def compare_relays(first: Path, second: Path) -> list[Rung]:
+    """The rungs of each engine going on where the other was after half of the replayed steps, held against all of them
+    on either.
+    """
+    return [*_relay(second, first), *_relay(first, second)]
 
 
 def _greedy(first: Path, second: Path) -> Rung:
@@ -100,7 +109,7 @@ def _gradients(first: Path, second: Path) -> Iterator[Rung]:
             ("norm ratio - 1", NORM_RATIO, _norm_gap),
             ("relative L2", GRADIENT_L2, _relative_l2),
         ):
-            worst = max(((figure(a, b), tensor) for tensor, a, b in figures), key=lambda pair: _nan_first(pair[0]))
+            worst = _worst([(figure(a, b), tensor) for tensor, a, b in figures])
             yield Rung(f"gradient {title}, {policy}-policy", *_with_limit(worst, limit))
 
 
@@ -114,29 +123,55 @@ def _nan_first(value: float) -> float:
 
 def _states(first: Path, second: Path) -> Iterator[Rung]:
     """Updates and moments after steps from the same gradients, and the update after one step from live ones."""
-    start = first / "start" / "model.safetensors"
     for title, folder, limit in (
         ("update, same gradients", "same-gradients", SAME_GRADIENTS),
         ("update, live gradients", "live-gradients", LIVE_GRADIENTS),
     ):
-        file = f"{folder}/model.safetensors"
-        yield Rung(title, *_worst_update(start, first / file, second / file, limit))
-    for moment in ("first_moment", "second_moment"):
-        file = f"same-gradients/{moment}.safetensors"
-        pairs = ((_relative_l2(a, b), name) for name, a, b in _tensor_pairs(first / file, second / file))
-        worst = max(pairs, key=lambda pair: _nan_first(pair[0]))
-        yield Rung(f"{moment.replace('_', ' ')}, same gradients", *_with_limit(worst, SAME_GRADIENTS))
+        yield Rung(title, *_with_limit(_worst_update(first, first / folder, second / folder), limit))
+    for moment in MOMENTS:
+        worst = _worst_moment(moment, first / "same-gradients", second / "same-gradients")
+        yield Rung(f"{_title(moment)}, same gradients", *_with_limit(worst, SAME_GRADIENTS))
 
 
-def _worst_update(start: Path, first: Path, second: Path, limit: float) -> tuple[float, float, str]:
+def _relay(giver: Path, taker: Path) -> Iterator[Rung]:
+    """One engine's steps from where the other was after half of them."""
+    title, relay, ends = f"{giver.name} then {taker.name}", taker / "relay", (giver / "end", taker / "end")
+    said = json.loads((relay / "relay.json").read_text())
+    yield Rung(f"{title}, state taken over", float(said["differing"]), 0.0, "numbers that differ")
+    worst = _worst([_worst_update(taker, end, relay) for end in ends])
+    yield Rung(f"{title}, update", *_with_limit(worst, LIVE_GRADIENTS))
+    for moment in MOMENTS:
+        worst = _worst([_worst_moment(moment, end, relay) for end in ends])
+        yield Rung(f"{title}, {_title(moment)}", *_with_limit(worst, RELAY_MOMENTS))
+    curves = [json.loads((folder / "curve.json").read_text()) for folder in (giver, taker)]
+    points = len(said["replayed"])
+    for key in ("loss", "mean_logprob"):
+        straight = [_series(curve["replayed"][-points:], key) for curve in curves]
+        start = _series(curves[1]["start"][-points:], key)
+        yield _curve_rung(f"{title}, {_title(key)}", start, _series(said["replayed"], key), straight)
+
+
+def _worst_update(origin: Path, first: Path, second: Path) -> tuple[float, str]:
+    """The largest relative difference of what was added to a tensor of the start, and the tensor."""
     worst = (0.0, "")
-    with safe_open(start, "np") as origin:
-        for name, left, right in _tensor_pairs(first, second):
-            before = origin.get_tensor(name).astype(np.float64)
-            worst = max(
-                worst, (_relative_l2(left - before, right - before), name), key=lambda pair: _nan_first(pair[0])
-            )
-    return _with_limit(worst, limit)
+    with safe_open(origin / "start" / "model.safetensors", "np") as start:
+        for name, left, right in _tensor_pairs(first / "model.safetensors", second / "model.safetensors"):
+            before = start.get_tensor(name).astype(np.float64)
+            worst = _worst([worst, (_relative_l2(left - before, right - before), name)])
+    return worst
+
+
+def _worst_moment(moment: str, first: Path, second: Path) -> tuple[float, str]:
+    file = f"{moment}.safetensors"
+    return _worst([(_relative_l2(a, b), name) for name, a, b in _tensor_pairs(first / file, second / file)])
+
+
+def _worst(figures: Sequence[tuple[float, str]]) -> tuple[float, str]:
+    return max(figures, key=lambda figure: _nan_first(figure[0]))
+
+
+def _title(key: str) -> str:
+    return key.replace("_", " ")
 
 
 def _tensor_pairs(first: Path, second: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
@@ -165,17 +200,19 @@ def _relative_l2(left: np.ndarray, right: np.ndarray) -> float:
 def _curves(first: Path, second: Path) -> Iterator[Rung]:
     left, right = (json.loads((folder / "curve.json").read_text()) for folder in (first, second))
     for key in ("loss", "mean_logprob"):
-        start, ours, theirs = (
-            np.array([point[key] for point in points])
-            for points in (left["start"], left["replayed"], right["replayed"])
-        )
-        gaps, moved = np.abs(ours - theirs), float(np.abs(ours - start).max())
-        yield Rung(
-            f"{key.replace('_', ' ')} over {len(gaps) - 1} replayed steps",
-            float(np.max(gaps)),
-            min(CURVE, CURVE_SHARE * moved),
-            f"step {np.argmax(gaps)}, moved by {moved:.3g}",
-        )
+        start, ours, theirs = (_series(points, key) for points in (left["start"], left["replayed"], right["replayed"]))
+        yield _curve_rung(f"{_title(key)} over {len(ours) - 1} replayed steps", start, ours, [theirs])
+
+
+def _series(points: Sequence[dict[str, float]], key: str) -> np.ndarray:
+    return np.array([point[key] for point in points])
+
+
+def _curve_rung(title: str, start: np.ndarray, ours: np.ndarray, others: Sequence[np.ndarray]) -> Rung:
+    """A curve against others; `start`: the same points by the weights of the start."""
+    gaps, moved = np.abs(np.stack(others) - ours).max(axis=0), float(np.abs(ours - start).max())
+    where = f"step {np.argmax(gaps)}, moved by {moved:.3g}"
+    return Rung(title, float(np.max(gaps)), min(CURVE, CURVE_SHARE * moved), where)
 
 
 def table(rungs: Sequence[Rung]) -> Table:

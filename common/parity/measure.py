@@ -13,9 +13,11 @@ from safetensors.numpy import load_file
 from common.config import RunConfig
 from common.config.method import LossConfig
 from common.parity.recording import NOISE, batches, off_policy
-from common.state_files import drop_moments, save_tensors, write_state
+from common.state_files import drop_moments, open_state, save_tensors, write_state
 from common.trainer import PolicyTrainer, Sampling, SamplingPrompt
-from common.types import TrainBatch
+from common.types import TrainBatch, TrainingState
+
+Curve = list[dict[str, float]]
 
 OPTIMIZER_STEPS = 10
 GREEDY_TOKENS = 16
@@ -98,43 +100,81 @@ def _recorded_prompts(batch: TrainBatch) -> Iterator[np.ndarray]:
 
 def _steps(trainer: ParityTrainer, recorded: list[TrainBatch], loss: LossConfig, gradients: Path, folder: Path) -> None:
     """The rungs that move the weights, each from the same start. Moments that no rung reads leave the disk at once."""
-    start = _folder(folder / "start")
-    write_state(trainer.snapshot(), start)
+    start = save(trainer, folder / "start")
     trainer.update(recorded[0], LEARNING_RATE)
-    write_state(trainer.snapshot(), _folder(folder / "live-gradients"))
-    drop_moments(folder / "live-gradients")
+    drop_moments(save(trainer, folder / "live-gradients"))
     trainer.restore(start)
     shared = load_file(gradients)
     for step in range(OPTIMIZER_STEPS):
         trainer.apply_gradients(_varied(shared, step), LEARNING_RATE)
-    write_state(trainer.snapshot(), _folder(folder / "same-gradients"))
+    save(trainer, folder / "same-gradients")
     trainer.restore(start)
     drop_moments(start)
-    (folder / "curve.json").write_text(json.dumps(_curve(trainer, recorded, loss), indent=1))
+    (folder / "curve.json").write_text(json.dumps(_curve(trainer, recorded, loss, folder), indent=1))
 
 
-def _curve(trainer: ParityTrainer, recorded: list[TrainBatch], loss: LossConfig) -> dict[str, list[dict[str, float]]]:
-    """Loss and mean logprob of each batch before its update, and of the first once more after the last; `start`: the
-    same by the weights of the start, which tells how far the updates moved them. Off-policy, because an on-policy loss
-    is the same number for any weights.
+def _curve(trainer: ParityTrainer, recorded: list[TrainBatch], loss: LossConfig, folder: Path) -> dict[str, Curve]:
+    """The replayed steps, with the states at half of them and after them saved for the relay; `start`: the same points
+    by the weights of the start, which tells how far the updates moved them.
     """
-    visited = [off_policy(batch) for batch in [*recorded, recorded[0]]]
+    visited = [off_policy(batch) for batch in recorded]
+    half = len(visited) // 2
+    start = [_point(trainer, batch, loss) for batch in [*visited, visited[0]]]
+    replayed = replay(trainer, visited[:half], loss)
+    save(trainer, folder / "half")
+    replayed += replay(trainer, visited[half:], loss)
+    save(trainer, folder / "end")
+    return {"start": start, "replayed": [*replayed, _point(trainer, visited[0], loss)]}
 
-    def point(batch: TrainBatch) -> dict[str, float]:
-        logprobs = trainer.logprobs(batch, "policy")
-        mean = float(logprobs[batch.sampled].mean())
-        return {"mean_logprob": mean, "loss": trainer.loss_gradient(batch, loss, logprobs)[0]}
 
-    start, replayed = [point(batch) for batch in visited], []
-    for batch in visited[:-1]:
-        replayed.append(point(batch))
+def relay(config: RunConfig, trainer: ParityTrainer, recording: Path, other: Path, folder: Path) -> None:
+    """Visit the second half of the recorded batches from the state in which the other engine began it.
+
+    other, folder: measurements of the other engine and of this one, which gets the folder `relay`. Raises OSError when
+    the disk does.
+    """
+    visited = [off_policy(batch) for batch in batches(recording)]
+    trainer.restore(other / "half")
+    taken_over = _differing(trainer.snapshot(), other / "half")
+    replayed = replay(trainer, visited[len(visited) // 2 :], config.loss)
+    state = save(trainer, folder / "relay")
+    curve = [*replayed, _point(trainer, visited[0], config.loss)]
+    (state / "relay.json").write_text(json.dumps({"differing": taken_over, "replayed": curve}, indent=1))
+
+
+def replay(trainer: ParityTrainer, visited: list[TrainBatch], loss: LossConfig) -> Curve:
+    """Loss and mean logprob of each batch before its update. Off-policy, because an on-policy loss is the same number
+    for any weights.
+    """
+    curve = []
+    for batch in visited:
+        curve.append(_point(trainer, batch, loss))
         trainer.update(batch, LEARNING_RATE)
-    return {"start": start, "replayed": [*replayed, point(visited[-1])]}
+    return curve
 
 
-def _folder(path: Path) -> Path:
-    path.mkdir(exist_ok=True)
-    return path
+def _point(trainer: ParityTrainer, batch: TrainBatch, loss: LossConfig) -> dict[str, float]:
+    logprobs = trainer.logprobs(batch, "policy")
+    mean = float(logprobs[batch.sampled].mean())
+    return {"mean_logprob": mean, "loss": trainer.loss_gradient(batch, loss, logprobs)[0]}
+
+
+def _differing(state: TrainingState, folder: Path) -> int:
+    """How many numbers of a state that one process has whole are not those on the disk, bit for bit."""
+    with open_state(folder) as saved:
+        numbers = sum(
+            int((piece.array.view(np.uint32) != saved.read(kind, name).view(np.uint32)).sum())
+            for kind, tensors in state.tensors.items()
+            for name, [piece] in tensors.items()
+        )
+        return numbers + (state.optimizer_steps != saved.optimizer_steps)
+
+
+def save(trainer: ParityTrainer, folder: Path) -> Path:
+    """Write the trainer's state into a folder of its own."""
+    folder.mkdir(exist_ok=True)
+    write_state(trainer.snapshot(), folder)
+    return folder
 
 
 def _varied(gradients: Mapping[str, np.ndarray], step: int) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from common.config import LoadedConfig
 from common.disk import not_written
 from common.experiment import load_data, open_chat, policy_folder
-from common.parity.measure import ParityTrainer, measure
+from common.parity.measure import ParityTrainer, measure, relay
 from common.parity.recording import record
 from common.rollout.sampler import RolloutSampler
 from common.serving.in_process import OpenJudge
@@ -37,6 +37,13 @@ def measure_side(
     trainer = open_trainer(loaded, policy_folder(loaded), None)
     with _temporary(folder):
         measure(loaded.config, trainer, recording, gradients, folder)
+
+
+def relay_side(loaded: LoadedConfig, open_trainer: OpenTrainer, recording: Path, other: Path, folder: Path) -> None:
+    """Go on in this engine where the other one was after half of the replayed steps."""
+    trainer = open_trainer(loaded, policy_folder(loaded), None)
+    with _temporary(folder):
+        relay(loaded.config, trainer, recording, other, folder)
 
 
 @contextmanager

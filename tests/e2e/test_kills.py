@@ -44,7 +44,7 @@ def killed_run(folder: Path, engine: str) -> tuple[str, ...]:
         advantage={"max_refills": 1},
         ema={"decay": 0.8},
     )
-    return ("train", str(run_file), *(["backend.jax.fsdp=2"] if engine == "jax" else []))
+    return ("train", str(run_file), *(["backend.jax.mesh={fsdp: 2}"] if engine == "jax" else []))
 
 
 def half_written(folder: Path) -> bool:

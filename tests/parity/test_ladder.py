@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from common.config import load_config
 from common.data.embedded_model import embedded_model
-from common.parity.ladder import PACKAGES, Rung, compare
+from common.parity.ladder import PACKAGES, Rung, compare, compare_relays
 from tests.full_disk import small_disk
 from tests.runs import finish, safework, start
 from tests.tiny import make_model
@@ -40,6 +40,8 @@ RUNGS = (
     *(f"{what}, same gradients" for what in ("update", "first moment", "second moment")),
     "update, live gradients",
 )
+RELAY = ("state taken over", "update", "first moment", "second moment", "loss", "mean logprob")
+RELAYS = tuple(f"{order}, {what}" for order in ("torch then jax", "jax then torch") for what in RELAY)
 
 
 def passed_certificate(file: Path, model: Path | str, num_batches: int) -> None:
@@ -51,7 +53,7 @@ def passed_certificate(file: Path, model: Path | str, num_batches: int) -> None:
     assert len(bytes.fromhex(certificate["recording_sha256"])) == hashlib.sha256().digest_size
     rungs = {rung["name"]: rung for rung in certificate["rungs"]}
     steps = tuple(f"{what} over {num_batches} replayed steps" for what in ("loss", "mean logprob"))
-    assert {*RUNGS, *steps} <= rungs.keys()
+    assert {*RUNGS, *steps, *RELAYS} <= rungs.keys()
     for name, rung in rungs.items():
         assert rung["passed"] is True and 0 <= rung["figure"] <= rung["limit"], name
 
@@ -130,9 +132,10 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measure(folder: Path, out: Path, *overrides: str) -> None:
-    """Torch's side of the ladder."""
-    gradients = folder / "right" / "gradients-on.safetensors"
-    _torch("measure", folder / "recording", gradients, out, folder / "run.yaml", *overrides)
+    """Torch's side of the ladder, and its steps from where it was right after half of them."""
+    right, run = folder / "right", folder / "run.yaml"
+    _torch("measure", folder / "recording", right / "gradients-on.safetensors", out, run, *overrides)
+    _torch("relay", folder / "recording", right, out, run, *overrides)
 
 
 def _torch(*words: str | Path) -> None:
@@ -142,9 +145,12 @@ def _torch(*words: str | Path) -> None:
 
 def failed(folder: Path, other: Path) -> set[str]:
     """Names of the rungs that fail between the right measurement and another one."""
-    return {
-        rung.name for rung in compare(_config(folder), folder / "recording", folder / "right", other) if not rung.passed
-    }
+    return {rung.name for rung in compared(folder, folder / "right", other) if not rung.passed}
+
+
+def compared(folder: Path, left: Path, right: Path) -> list[Rung]:
+    """All rungs between two measurements."""
+    return [*compare(_config(folder), folder / "recording", left, right), *compare_relays(left, right)]
 
 
 def _config(folder: Path) -> Any:
@@ -248,6 +254,35 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], set[str]]] = {
         lambda path: change_json(path / "curve.json", lambda x: x["replayed"][-1].update(mean_logprob=np.nan)),
         {"mean logprob over 2 replayed steps"},
     ),
+    "a state that is taken over": (
+        lambda path: change_json(path / "relay" / "relay.json", lambda x: x.update(differing=1)),
+        {"right then other, state taken over"},
+    ),
+    "the end of a relay": (
+        lambda path: scale(path / "relay" / "model.safetensors", TENSOR, 1.0001),
+        {"right then other, update"},
+    ),
+    "a moment of a relay": (
+        lambda path: scale(path / "relay" / "first_moment.safetensors", TENSOR, 1.002),
+        {"right then other, first moment"},
+    ),
+    "a moment after all steps": (
+        lambda path: scale(path / "end" / "second_moment.safetensors", TENSOR, 1.002),
+        {"right then other, second moment", "other then right, second moment"},
+    ),
+    "the curve of a relay": (
+        lambda path: change_json(
+            path / "relay" / "relay.json", lambda x: x["replayed"][0].update(loss=x["replayed"][0]["loss"] + 2e-3)
+        ),
+        {"right then other, loss"},
+    ),
+    "a relay that stands still": (
+        lambda path: change_json(
+            path / "relay" / "relay.json",
+            lambda x: x.update(replayed=json.loads((path / "curve.json").read_text())["start"][-len(x["replayed"]) :]),
+        ),
+        {"right then other, loss", "right then other, mean logprob"},
+    ),
 }
 
 
@@ -272,13 +307,18 @@ def test_agreeing_to_do_nothing_is_no_proof(measured: Path, tmp_path: Path) -> N
     }
 
 
+# That of the H100 is from before the relay.
+WITHOUT_RELAYS = "certificate-smollm2-135m-h100"
+
+
 @pytest.mark.parametrize("file", sorted(Path(__file__).parent.glob("certificate-*.json")), ids=lambda file: file.stem)
 def test_the_certificates_kept_here_are_of_this_ladder(file: Path, measured: Path) -> None:
     now = compare(_config(measured), measured / "recording", measured / "right", measured / "right")
     certificate = json.loads(file.read_text())
     rungs = {rung["name"]: rung for rung in certificate["rungs"]}
     assert certificate["passed"] is True and certificate["model"] == "embedded:smollm2"
-    assert rungs.keys() == {rung.name.replace("over 2 ", "over 20 ") for rung in now}
+    relays = () if file.stem == WITHOUT_RELAYS else RELAYS
+    assert rungs.keys() == {rung.name.replace("over 2 ", "over 20 ") for rung in now} | {*relays}
     for name, rung in rungs.items():
         assert 0 <= rung["figure"] <= rung["limit"], name
 
