@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import optax
 
 from common.state_files import SavedState, open_state, whole
 from common.types import Kind, Piece, TrainingState
+from safework_jax.model import read_parameter
 from safework_jax.models.decoder.names import is_stacked, tensor_names
 from safework_jax.optimizer import Average, step_count
 from safework_jax.sharding import host, parameter_path, place
@@ -88,16 +90,6 @@ def restore_state(
 
 
 def _read(like: Any, kind: Kind, num_layers: int, saved: SavedState) -> Any:
-    def leaf(path: tuple[Any, ...], target: jax.Array) -> jax.Array:
-        text = parameter_path(path)
-        names = tensor_names(text, num_layers)
-
-        def part(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None
-            if not is_stacked(text):
-                return saved.read(kind, names[0], index)
-            return np.stack([saved.read(kind, name, index[1:]) for name in names[index[0]]])
-
-        return jax.make_array_from_callback(target.shape, target.sharding, part)
-
-    return jax.tree_util.tree_map_with_path(leaf, like)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: read_parameter(parameter_path(path), leaf, num_layers, partial(saved.read, kind)), like
+    )

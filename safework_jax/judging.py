@@ -19,7 +19,7 @@ from safework_jax.model import load_model
 from safework_jax.models.decoder.config import DecoderConfig
 from safework_jax.models.decoder.text import Params, head_weight
 from safework_jax.sampling import Decoding, last_hidden, sample
-from safework_jax.sharding import place_parameter
+from safework_jax.sharding import parameter_sharding
 
 
 class JaxJudge:
@@ -27,7 +27,7 @@ class JaxJudge:
 
     def __init__(self, folder: Path, dtype: str, mesh: Mesh) -> None:
         self._dtype = jnp.dtype(dtype)
-        model, self._params = load_model(folder, self._dtype, partial(place_parameter, mesh=mesh))
+        model, self._params = load_model(folder, self._dtype, partial(parameter_sharding, mesh=mesh))
         self._decoding = Decoding(model, self._dtype, layout_on(mesh, model, self._dtype, share_prompts=False))
         self._shardings = jax.tree.map(lambda x: x.sharding, self._params)
         self._head = read_score_head(folder) if is_classifier(read_model_config(folder)) else None

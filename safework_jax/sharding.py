@@ -94,19 +94,19 @@ def placed_like_parameters(tree: Any, mesh: Mesh) -> Any:
     )
 
 
-def place_parameter(path: str, array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Put one parameter where the table says.
+def parameter_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Where the table puts a parameter.
 
     Raises ConfigError when a dimension does not divide over the devices it is placed on.
     """
     spec = placement(path)
-    for size, axis in zip(array.shape, spec, strict=False):
+    for size, axis in zip(shape, spec, strict=False):
         if axis is not None and size % mesh.shape[axis]:
             raise ConfigError(
-                f"backend.jax.mesh.{axis} = {mesh.shape[axis]}: does not divide {path} of shape {array.shape}. "
+                f"backend.jax.mesh.{axis} = {mesh.shape[axis]}: does not divide {path} of shape {shape}. "
                 f"Choose a number of devices that divides {size}."
             )
-    return place(array, NamedSharding(mesh, spec))
+    return NamedSharding(mesh, spec)
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:

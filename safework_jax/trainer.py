@@ -27,7 +27,7 @@ from safework_jax.models.decoder.config import DecoderConfig
 from safework_jax.models.decoder.text import Params
 from safework_jax.programs import Arrays, Program, program_for
 from safework_jax.sampling import sample
-from safework_jax.sharding import host, make_mesh, place, place_parameter, rows_sharding
+from safework_jax.sharding import host, make_mesh, parameter_sharding, place, rows_sharding
 
 
 class JaxTrainer:
@@ -44,7 +44,7 @@ class JaxTrainer:
         self._average = None if rule.decay is None else optimizer.Average(self._params, rule.decay, rule.every)
 
     def _load(self, folder: Path) -> tuple[DecoderConfig, Params]:
-        return load_model(folder, jnp.float32, partial(place_parameter, mesh=self._mesh))
+        return load_model(folder, jnp.float32, partial(parameter_sharding, mesh=self._mesh))
 
     def _program_for(self, model: DecoderConfig) -> Program:
         return program_for(self._config, model, self._mesh)

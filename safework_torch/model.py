@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from common.data.model_config import is_classifier
 from common.data.model_weights import checked_model
 from common.types import TrainBatch
 from safework_torch.attention import PACKED, Packing, packed_masks, sent
+from safework_torch.sharding import fill
 from safework_torch.token_logprobs import token_logprobs
 
 Recompute = Literal["none", "dots", "full"]
@@ -71,20 +71,30 @@ def microbatch(batch: TrainBatch, rows: slice, device: torch.device, *, is_last:
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model of a Hugging Face folder in training mode, on a device: a causal language model, or a classifier.
+    """`empty_model` with its weights, whole on one device."""
+    model = empty_model(folder, dtype)
+    fill(model, folder, device)
+    return model
+
+
+def empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a Hugging Face folder in training mode, a causal language model or a classifier. Its weights are on
+    the meta device until `fill` reads them.
 
     Raises ConfigError for a config.json that the engines do not compute, and for tensors that do not fit it.
     """
-    hf = checked_model(folder)  # transformers makes up what a file lacks, with a log line
-    kind = AutoModelForSequenceClassification if is_classifier(hf) else AutoModelForCausalLM
-    transformers_logging.disable_progress_bar()
-    model: PreTrainedModel = kind.from_pretrained(folder, dtype=dtype, attn_implementation=PACKED)
+    kind = AutoModelForSequenceClassification if is_classifier(checked_model(folder)) else AutoModelForCausalLM
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder)
+        model: PreTrainedModel = kind.from_config(config, dtype=dtype, attn_implementation=PACKED)
     # torch gives the padding token's embedding no gradient; here padding is no token, and often the end token is.
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
     embedding.padding_idx = None
-    model.model.rotary_emb.forward = partial(_rotation, model.model.rotary_emb.forward)
-    return model.train().to(device)  # pyright: ignore[reportArgumentType]  (transformers wraps Module.to)
+    rotary = type(model.model.rotary_emb)(model.config)  # its frequencies are in no file
+    rotary.forward = partial(_rotation, rotary.forward)
+    model.model.rotary_emb = rotary
+    return model.train()
 
 
 def _rotation(rotation_at: Callable[..., Rotation], x: Tensor, position_ids: Tensor) -> Rotation:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -26,15 +27,20 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from common.data.model_weights import open_tensors
 from safework_torch.config import Sharding
 
 Result = TypeVar("Result")
 
 
 class Whole(nn.Module):
-    """A model and the work with it, which every process does at the same time, or else within `gathered`."""
+    """A model and the work with it, which every process does at the same time, or else within `gathered`. It comes
+    empty; each process reads the weights that it holds from the folder to its device.
+    """
 
-    def __init__(self, model: PreTrainedModel, mode: Sharding, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: PreTrainedModel, folder: Path, device: torch.device, mode: Sharding, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.model = model
         self._mode: Sharding = mode
@@ -43,9 +49,8 @@ class Whole(nn.Module):
         self.masters: dict[str, nn.Parameter]
         if dist.is_initialized():
             self._shard(dtype)
-            self.masters = dict(model.named_parameters())
-        else:
-            self.masters = self._masters(dtype)
+        fill(model, folder, device)
+        self.masters = dict(model.named_parameters()) if self._modules_in_shards else self._masters(dtype)
 
     def _masters(self, dtype: torch.dtype) -> dict[str, nn.Parameter]:
         """The fp32 weights, by name. Products in another dtype use copies, whose gradients are added up in fp32."""
@@ -131,6 +136,31 @@ def _mesh(mode: Sharding) -> DeviceMesh:
         return init_device_mesh(device, (count,), mesh_dim_names=("fsdp",))
     each = int(os.environ["LOCAL_WORLD_SIZE"])
     return init_device_mesh(device, (count // each, each), mesh_dim_names=("replica", "fsdp"))
+
+
+@torch.no_grad()
+def fill(model: PreTrainedModel, folder: Path, device: torch.device) -> None:
+    """Read the weights of an empty model onto a device, of each the part that this process holds."""
+    found: dict[nn.Parameter, nn.Parameter] = {}  # a tied head is the embedding, and stays it
+    with ExitStack() as files:
+        tensors = open_tensors(folder, files, "pt")
+        for name, weight in list(model.named_parameters(remove_duplicate=False)):
+            if weight not in found:
+                found[weight] = nn.Parameter(_read(tensors[name], name, weight, device), weight.requires_grad)
+            module, _, own_name = name.rpartition(".")
+            setattr(model.get_submodule(module), own_name, found[weight])
+    model.model.rotary_emb.to(device)
+
+
+def _read(file: Any, name: str, like: Tensor, device: torch.device) -> Tensor:
+    own = torch.empty_like(local(like), device=device)
+    if own.numel():
+        own.copy_(file.get_slice(name)[own_part(like)])
+    if not isinstance(like, DTensor):
+        return own
+    return DTensor.from_local(
+        own, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
 
 
 def local(tensor: Tensor) -> Tensor:

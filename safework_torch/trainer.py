@@ -22,7 +22,7 @@ from common.types import TrainBatch, TrainingState
 from safework_torch.attention import fast_kernels
 from safework_torch.checkpoint import restore_state, snapshot
 from safework_torch.config import TorchSection
-from safework_torch.model import Microbatch, load_model, microbatch, packed_logprobs, prepare_layers
+from safework_torch.model import Microbatch, empty_model, microbatch, packed_logprobs, prepare_layers
 from safework_torch.optimizer import AdamW, Average
 from safework_torch.processes import gather_objects, gather_rows, own_rows
 from safework_torch.sampling import sample
@@ -44,13 +44,13 @@ class TorchTrainer:
                 f"{self._rows.shares} processes of this run. Choose a multiple of {self._rows.shares}."
             )
         self._dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.backend.dtype]
-        model = load_model(policy, self._device)
+        model = empty_model(policy, torch.float32)
         prepare_layers(model, config.backend.recompute, section.compile)
-        self._policy = Whole(model, section.sharding, self._dtype)
+        self._policy = Whole(model, policy, self._device, section.sharding, self._dtype)
         self._reference = None
         if reference is not None:
-            frozen = load_model(reference, self._device, self._dtype).requires_grad_(False)
-            self._reference = Whole(frozen, section.sharding, self._dtype)
+            frozen = empty_model(reference, self._dtype).requires_grad_(False)
+            self._reference = Whole(frozen, reference, self._device, section.sharding, self._dtype)
         self._optimizer = AdamW(self._policy.masters, config.optimizer, self._policy.copies)
         rule = config.ema
         self._average = None if rule.decay is None else Average(self._policy.masters, rule.decay, rule.every)

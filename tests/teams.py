@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from common.state_files import seal, write_part
 from common.team import Team, alone, assemble, told_place
+from common.trainer import PolicyTrainer
 from tests.runs import DEADLINE, start
 
 BOARD = "TEST_TEAM_BOARD"  # a folder through which processes without an engine find each other
@@ -33,6 +35,15 @@ def _spread(data: bytes) -> bytes:
     while not written.exists():
         time.sleep(0.01)
     return written.read_bytes()
+
+
+def save_together(trainer: PolicyTrainer, team: Team, folder: Path) -> None:
+    """The state of a trainer in a team, complete in a folder that exists, for all to see on return."""
+    write_part(trainer.snapshot(), folder, team.index, len(team.places))
+    team.exchange(None, "all parts")
+    if team.leads:
+        seal(folder, len(team.places), {})
+    team.exchange(None, "the manifest")
 
 
 def free_port() -> int:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -23,17 +23,18 @@ SCORE = "score.weight"  # the scalar or classification head of a model that judg
 INDEX = "model.safetensors.index.json"
 
 Shape = tuple[int, ...]
+_ROWS = 1024  # compared at a time
 
 
-def open_tensors(folder: Path, files: ExitStack) -> dict[str, Any]:
-    """Every tensor's name and the open file that holds it; `files` closes them.
+def open_tensors(folder: Path, files: ExitStack, framework: Literal["np", "pt"] = "np") -> dict[str, Any]:
+    """Every tensor's name and the open file that holds it, to be read as NumPy's or torch's; `files` closes them.
 
     Raises ConfigError, without the folder's name, when a file is missing or damaged.
     """
     tensors = {}
     for shard in weight_files(folder):
         try:
-            file = files.enter_context(safe_open(shard, "np"))
+            file = files.enter_context(safe_open(shard, framework))
         except SafetensorError as error:
             raise ConfigError(f"its {shard.name} is damaged ({error}). Download the model again.") from None
         tensors.update(dict.fromkeys(file.keys(), file))
@@ -85,13 +86,20 @@ def checked_model(folder: Path) -> dict[str, Any]:
         if (
             copied
             and not is_classifier(hf)
-            and not np.array_equal(*(tensors[name].get_tensor(name) for name in (HEAD, EMBEDDING)))
+            and not _equal(*(tensors[name].get_slice(name) for name in (HEAD, EMBEDDING)))
         ):
             raise ConfigError(
                 f"its config.json ties the head to the embedding, but {HEAD} differs from it. "
                 f"Set tie_word_embeddings to false, or remove {HEAD}."
             )
     return hf
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Whether two slices of one shape [N ...] hold the same, of which a part is in memory at a time."""
+    [rows, *_] = first.get_shape()
+    parts = (slice(start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS))
+    return all(np.array_equal(first[part], second[part]) for part in parts)
 
 
 def read_score_head(folder: Path) -> np.ndarray:

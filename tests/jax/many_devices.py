@@ -1,7 +1,8 @@
-"""One update on each mesh: `python -m tests.jax.many_devices RUN_FILE MODEL OUT`, with 8 devices forced.
+"""One update on meshes of 8 devices: `python -m tests.jax.many_devices RUN_FILE MODEL OUT MESH...`, in one process with
+8 forced devices or in two with 4 each.
 
-Writes into OUT, for each mesh: the gradients of a batch in four micro-batches (on one device also in one), the state
-after an update, and, as facts.json, the loss, how many shards each parameter and moment has and how large one is.
+Writes into OUT/MESH the gradients of a batch in four micro-batches (on one device also in one), the state after an
+update, and as facts.json the loss, how many shards each parameter and moment has and how large one is.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from safetensors.numpy import save_file
 from common.config import load_config
 from common.config.method import LossConfig
 from safework_jax.main import open_trainer
+from safework_jax.processes import open_team
 from safework_jax.trainer import JaxTrainer
-from tests.training import packed, random_sequences, save
+from tests.teams import save_together
+from tests.training import packed, random_sequences
 
 # (replica, fsdp, tensor) by name.
 MESHES = {"one": (1, 1, 1), "fsdp": (1, 8, 1), "replica": (2, 4, 1), "tensor": (1, 4, 2)}
@@ -27,20 +30,22 @@ MESHES = {"one": (1, 1, 1), "fsdp": (1, 8, 1), "replica": (2, 4, 1), "tensor": (
 BATCH = packed(random_sequences(29, seed=1), 32, 32, packed=False)
 
 
-def main(run_file: str, model: str, out: str) -> None:
+def main(run_file: str, model: str, out: str, *meshes: str) -> None:
     """Measure on every mesh."""
-    assert len(jax.devices()) == 8
-    facts = {}
-    save_gradients(open_over(run_file, model, "one", rows=32), Path(out), "whole")
-    for mesh in MESHES:
-        trainer = open_over(run_file, model, mesh, rows=8)
-        folder = Path(out) / mesh
-        folder.mkdir()
-        loss = save_gradients(trainer, folder, "split")
-        trainer.update(BATCH, 1e-3)
-        save(trainer, folder)
-        facts[mesh] = {"loss": loss, "shards": shards(trainer)}
-    (Path(out) / "facts.json").write_text(json.dumps(facts))
+    with open_team(60.0) as team:
+        assert len(jax.devices()) == 8
+        for mesh in meshes:
+            folder = Path(out) / mesh
+            if team.leads:
+                folder.mkdir(parents=True)
+            if mesh == "one":
+                save_gradients(open_over(run_file, model, mesh, rows=32), folder, "whole")
+            trainer = open_over(run_file, model, mesh, rows=8)
+            loss = save_gradients(trainer, folder, "split")
+            trainer.update(BATCH, 1e-3)
+            save_together(trainer, team, folder)
+            if team.leads:
+                (folder / "facts.json").write_text(json.dumps({"loss": loss, "shards": shards(trainer)}))
 
 
 def open_over(run_file: str, model: str, mesh: str, rows: int) -> JaxTrainer:
@@ -53,7 +58,8 @@ def open_over(run_file: str, model: str, mesh: str, rows: int) -> JaxTrainer:
 def save_gradients(trainer: JaxTrainer, folder: Path, name: str) -> float:
     """The gradients of the batch, as folder/name.safetensors; returns the loss."""
     loss, gradients = trainer.named_gradients(BATCH, LossConfig())
-    save_file(gradients, folder / f"{name}.safetensors")
+    if jax.process_index() == 0:
+        save_file(gradients, folder / f"{name}.safetensors")
     return loss
 
 

@@ -15,12 +15,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from common.config import load_config
 from common.config.method import LossConfig
-from common.state_files import seal, write_part
 from common.types import TrainBatch
 from safework_torch.main import open_trainer
 from safework_torch.processes import open_team
 from safework_torch.sharding import local
 from safework_torch.trainer import TorchTrainer
+from tests.teams import save_together
 from tests.training import packed, random_sequences
 
 ROWS = 8  # of a micro-batch
@@ -45,11 +45,8 @@ def main(run_file: str, model: str, out: str, *modes: str) -> None:
                 if team.leads:
                     save_file(gradients, folder / f"{name}.safetensors")
             facts = {"calls": counted(trainer), "shares": shares(trainer)}
-            count = len(team.places)
-            write_part(trainer.snapshot(), folder, team.index, count)
-            team.exchange(None, "all parts")
+            save_together(trainer, team, folder)
             if team.leads:
-                seal(folder, count, {})
                 (folder / "facts.json").write_text(json.dumps(facts))
 
 
