@@ -195,6 +195,11 @@ def change_json(file: Path, change: Callable[[Any], None]) -> None:
     file.write_text(json.dumps(content))
 
 
+def curve_rungs(figure: str) -> set[str]:
+    """The rungs that read a figure of an engine's own curve."""
+    return {f"{figure} over 2 replayed steps", f"right then other, {figure}", f"other then right, {figure}"}
+
+
 TENSOR = "model.layers.2.self_attn.k_proj.weight"
 DAMAGE: dict[str, tuple[Callable[[Path], None], set[str]]] = {
     "a greedy token": (lambda path: add_to_array(path / "greedy.npy", 1), {"greedy tokens that differ"}),
@@ -244,15 +249,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], set[str]]] = {
         lambda path: change_json(
             path / "curve.json", lambda x: x["replayed"][-1].update(loss=x["replayed"][-1]["loss"] + 2e-3)
         ),
-        {"loss over 2 replayed steps"},
+        curve_rungs("loss"),
     ),
     "an engine that stands still": (
         lambda path: change_json(path / "curve.json", lambda x: x.update(replayed=x["start"])),
-        {"loss over 2 replayed steps", "mean logprob over 2 replayed steps"},
+        curve_rungs("loss") | curve_rungs("mean logprob"),
     ),
     "a curve that is no number": (
         lambda path: change_json(path / "curve.json", lambda x: x["replayed"][-1].update(mean_logprob=np.nan)),
-        {"mean logprob over 2 replayed steps"},
+        curve_rungs("mean logprob"),
     ),
     "a state that is taken over": (
         lambda path: change_json(path / "relay" / "relay.json", lambda x: x.update(differing=1)),
