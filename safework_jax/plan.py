@@ -16,8 +16,8 @@ from jax import sharding as placing
 from jax.experimental import topologies
 
 from common.config import ConfigError, LoadedConfig, RunConfig
-from common.plan.model import planned_model
-from common.plan.report import Plan, ProgramPlan
+from common.plan.model import forward_flops, planned_model
+from common.plan.report import Plan, ProgramPlan, smallest_change
 from common.plan.target import Target
 from common.trainer import Sampling
 from safework_jax import optimizer, programs, sampling
@@ -39,6 +39,7 @@ class _Job(NamedTuple):
 
     config: RunConfig
     mesh: MeshSection
+    hf: dict[str, Any]
     model: DecoderConfig
     devices: list[Any]
     target: Target
@@ -58,10 +59,10 @@ def plan(loaded: LoadedConfig, target: Target, parts: tuple[str, ...]) -> Plan:
             f"backend.jax.mesh = {mesh.num_devices} devices: {target.slices} x {target.name} has {target.num_chips} "
             f"chips. Choose axes whose product is {target.num_chips}."
         )
-    model = DecoderConfig.from_hf(planned_model(loaded))
-    job = _Job(loaded.config, mesh, model, _chips(target), target, parts)
+    hf = planned_model(loaded)
+    job = _Job(loaded.config, mesh, hf, DecoderConfig.from_hf(hf), _chips(target), target, parts)
     found = _compiled(job)
-    return found if found.fits else found._replace(notes=(_smallest_change(job),))
+    return found if found.fits else found._replace(notes=(smallest_change(_changes(job), _compiled, "compiled"),))
 
 
 def _chips(target: Target) -> list[Any]:
@@ -117,8 +118,8 @@ def _lowered(
     job: _Job, program: programs.Program, params: Params, mesh: placing.Mesh
 ) -> Iterator[tuple[str, int, float, Callable[[], Any]]]:
     """(name, parameter-sized trees held besides its arguments, flops, compile) of each program that is asked for."""
-    config, model, rows = job.config, job.model, _rows(job.config, mesh)
-    forward = _forward_flops(model, config.batch.rows_per_microbatch, config.batch.row_tokens)
+    config, rows = job.config, _rows(job.config, mesh)
+    forward = forward_flops(job.hf, config.batch.rows_per_microbatch, config.batch.row_tokens)
     again = {"none": 0, "dots": 0, "full": 1}[program.recompute]
     if "update" in job.parts:
         accumulate = programs.accumulate.lower(params, params, rows, program)
@@ -144,7 +145,7 @@ def _sampling(
     slots = -(-job.config.data.max_prompt_tokens // sampling.PROMPT_STEP) * sampling.PROMPT_STEP
     prompts = _shape((num_prompts, slots), jnp.int32, mesh), _shape((num_prompts,), jnp.int32, mesh)
     reading = sampling.read_prompts.lower(params, *prompts, decoding)
-    yield "sampling: prompts", 2, _forward_flops(model, num_prompts, slots), reading.compile
+    yield "sampling: prompts", 2, forward_flops(job.hf, num_prompts, slots), reading.compile
     numbers = [_shape((count,), dtype, mesh) for dtype in (jnp.int32, jnp.int32, jnp.float32)]
     shape = (count, model.num_kv_heads, slots + rollout.max_new_tokens, model.head_dim)
     cache: Any = jax.eval_shape(lambda: jnp.zeros(shape, decoding.dtype))
@@ -159,17 +160,7 @@ def _sampling(
     advance = sampling.advance.lower(
         params, layers, chosen, positions, model.num_layers * (one,), uniforms, decoding=decoding, sampling=rule
     )
-    yield "sampling: a token", 2, _forward_flops(model, count, 1), advance.compile
-
-
-def _smallest_change(job: _Job) -> str:
-    """The first change that was compiled and fits, as a sentence."""
-    tried = []
-    for words, changed in _changes(job):
-        tried.append(words)
-        if _compiled(changed).fits:
-            return f"It fits with {words}: compiled and checked."
-    return f"None of these makes it fit, compiled one by one: {'; '.join(tried) or 'there was nothing to try'}."
+    yield "sampling: a token", 2, forward_flops(job.hf, count, 1), advance.compile
 
 
 def _changes(job: _Job) -> Iterator[tuple[str, _Job]]:
@@ -235,15 +226,6 @@ def _bytes(tree: Any) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
         for leaf in jax.tree.leaves(tree)
     )
-
-
-def _forward_flops(model: DecoderConfig, rows: int, tokens: int) -> float:
-    """Products of one forward pass with logits for every token, and causal attention, each row being one sequence."""
-    mixing = 2 * model.num_heads * model.head_dim
-    keys = 2 * model.num_kv_heads * model.head_dim
-    layer = model.hidden_dim * (mixing + keys + 3 * model.mlp_dim)
-    products = 2 * (model.num_layers * layer + model.vocab_size * model.hidden_dim)
-    return float(rows * tokens * (products + model.num_layers * mixing * tokens))
 
 
 def _least_bytes(job: _Job, name: str) -> dict[str, int]:

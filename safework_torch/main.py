@@ -11,6 +11,8 @@ from torch import Tensor
 from common import arrays
 from common.config import LoadedConfig
 from common.engine_main import Engine, run_verb
+from common.plan.report import Plan
+from common.plan.target import Target
 from safework_torch.config import TorchSection
 from safework_torch.judging import TorchJudge
 from safework_torch.processes import open_team
@@ -35,10 +37,17 @@ def open_judge(loaded: LoadedConfig, folder: Path) -> TorchJudge:
     return TorchJudge(folder, loaded.config.backend.dtype)
 
 
+def open_plan(loaded: LoadedConfig, target: Target, parts: tuple[str, ...]) -> Plan:
+    """What the config's training needs of GPUs. Raises ConfigError; see `safework_torch/plan.py`."""
+    from safework_torch.plan import plan  # with torch's compiler, which other verbs do not wait for
+
+    return plan(loaded, target, parts)
+
+
 def _prepare(loaded: LoadedConfig) -> None:
     if loaded.config.backend.threads:
         torch.set_num_threads(loaded.config.backend.threads)
 
 
 if __name__ == "__main__":
-    sys.exit(run_verb(Engine(open_team, open_trainer, open_judge), sys.argv[1:]))
+    sys.exit(run_verb(Engine(open_team, open_trainer, open_judge, open_plan), sys.argv[1:]))

@@ -16,7 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from common.data.model_config import is_classifier
 from common.data.model_weights import checked_model
@@ -83,9 +89,14 @@ def empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
     Raises ConfigError for a config.json that the engines do not compute, and for tensors that do not fit it.
     """
-    kind = AutoModelForSequenceClassification if is_classifier(checked_model(folder)) else AutoModelForCausalLM
+    checked_model(folder)
+    return model_without_weights(AutoConfig.from_pretrained(folder), dtype)
+
+
+def model_without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """`empty_model` of an accepted config alone."""
+    kind = AutoModelForSequenceClassification if is_classifier(config.to_dict()) else AutoModelForCausalLM
     with torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder)
         model: PreTrainedModel = kind.from_config(config, dtype=dtype, attn_implementation=PACKED)
     # torch gives the padding token's embedding no gradient; here padding is no token, and often the end token is.
     embedding = model.get_input_embeddings()

@@ -35,12 +35,10 @@ Result = TypeVar("Result")
 
 class Whole(nn.Module):
     """A model and the work with it, which every process does at the same time, or else within `gathered`. It comes
-    empty; each process reads the weights that it holds from the folder to its device.
+    empty, and `read` gives it weights.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, folder: Path, device: torch.device, mode: Sharding, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, mode: Sharding, dtype: torch.dtype) -> None:
         super().__init__()
         self.model = model
         self._mode: Sharding = mode
@@ -49,13 +47,18 @@ class Whole(nn.Module):
         self.masters: dict[str, nn.Parameter]
         if dist.is_initialized():
             self._shard(dtype)
-        fill(model, folder, device)
-        self.masters = dict(model.named_parameters()) if self._modules_in_shards else self._masters(dtype)
+
+    def read(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+        """Read the weights that this process holds from a model's folder to a device."""
+        fill(self.model, folder, device)
+        self.masters = self._masters(dtype)
 
     def _masters(self, dtype: torch.dtype) -> dict[str, nn.Parameter]:
-        """The fp32 weights, by name. Products in another dtype use copies, whose gradients are added up in fp32."""
+        """The fp32 weights, by name. Products in another dtype use copies, whose gradients are added up in fp32; in
+        shards FSDP makes them.
+        """
         named = dict(self.model.named_parameters())
-        if all(weight.dtype == dtype for weight in named.values()):
+        if self._modules_in_shards or all(weight.dtype == dtype for weight in named.values()):
             return named
         masters = {name: nn.Parameter(copy.data) for name, copy in named.items()}
         for copy in named.values():

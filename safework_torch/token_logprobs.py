@@ -29,6 +29,7 @@ class _TokenLogprobs(torch.autograd.Function):
             logits = part @ weight.T
             parts.append(_fused(_statistics, hidden.device.type)(logits, target, temperature))
             kept += [logits] if keep else []
+            del logits  # before the next ones are made
         logprobs, entropy, normalisers = map(torch.cat, zip(*parts, strict=True))
         ctx.save_for_backward(hidden, weight, targets, normalisers, *kept)
         ctx.temperature = temperature
@@ -46,6 +47,7 @@ class _TokenLogprobs(torch.autograd.Function):
             slope = _fused(_slope, hidden.device.type)(logits, target, normaliser, upstream, ctx.temperature)
             torch.mm(slope, weight, out=out)
             weight_grad += _product(slope.T, part)
+            del logits, slope
         return hidden_grad, weight_grad.to(weight.dtype), None, None, None
 
 

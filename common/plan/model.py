@@ -1,14 +1,15 @@
-"""The model of a plan: its config.json is enough."""
+"""The model of a plan: its config.json is enough, for its work too."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from common.config import LoadedConfig
 from common.config.sentences import blamed
-from common.data.model_config import read_model_config
+from common.data.model_config import head_dim, num_kv_heads, read_model_config
 from common.experiment import policy_folder
 
 
@@ -20,3 +21,11 @@ def planned_model(loaded: LoadedConfig) -> dict[str, Any]:
         folder = policy_folder(loaded)
     with blamed("model.path", path, loaded.origin):
         return read_model_config(folder)
+
+
+def forward_flops(hf: Mapping[str, Any], rows: int, tokens: int) -> float:
+    """Products of one forward pass with logits for every token, and causal attention, each row being one sequence."""
+    mixing, keys = 2 * hf["num_attention_heads"] * head_dim(hf), 2 * num_kv_heads(hf) * head_dim(hf)
+    layer = hf["hidden_size"] * (mixing + keys + 3 * hf["intermediate_size"])
+    products = 2 * (hf["num_hidden_layers"] * layer + hf["vocab_size"] * hf["hidden_size"])
+    return float(rows * tokens * (products + hf["num_hidden_layers"] * mixing * tokens))

@@ -1,9 +1,9 @@
-"""What a plan found, as tables: memory by kind, programs, collectives by mesh axis."""
+"""What a plan found, as tables: memory by kind, programs, collectives by mesh axis; and what would make it fit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 from rich.console import Group
 from rich.table import Table
@@ -16,15 +16,17 @@ PARTS = ("update", "logprobs", "sampling")
 # Of a chip's memory; the rest is left to the runtime and to fragmentation.
 SHARE = 0.9
 _GIB = 2**30
+Job = TypeVar("Job")
 
 
 class ProgramPlan(NamedTuple):
-    """One compiled program, for one chip.
+    """One program, for one chip.
 
     argument_bytes and temporary_bytes: memory while it runs, besides what `resident_bytes` are held and not given to
     it. flops: of all that it computes, loops counted. collective_bytes, least_bytes: by mesh axis, what the chip sends,
-    and what it must. predicted_s: the compiler's own estimate of cycles, a prediction. floor_s: its flops at the chip's
-    peak, or its least bytes, whichever takes longer, where that is known. compile_s: seconds here.
+    and what it must. predicted_s: the compiler's own estimate of cycles, a prediction; 0 where it has none. floor_s:
+    its flops at the chip's peak, or its least bytes, whichever takes longer, where that is known. compile_s: seconds
+    that it took here to find this out.
     """
 
     name: str
@@ -60,7 +62,8 @@ class Plan(NamedTuple):
 
 def report(plan: Plan) -> Group:
     """Everything a plan found, to be printed."""
-    return Group(_kinds(plan), _programs(plan), _collectives(plan.programs), *map(Text, (verdict(plan), *plan.notes)))
+    sent = [_collectives(plan.programs)] if any(program.collective_bytes for program in plan.programs) else []
+    return Group(_kinds(plan), _programs(plan), *sent, *map(Text, (verdict(plan), *plan.notes)))
 
 
 def verdict(plan: Plan) -> str:
@@ -73,6 +76,16 @@ def verdict(plan: Plan) -> str:
     )
 
 
+def smallest_change(changes: Iterator[tuple[str, Job]], planned: Callable[[Job], Plan], how: str) -> str:
+    """The first change that is planned and fits, as a sentence; how: the way of looking at it, such as `counted`."""
+    tried = []
+    for words, changed in changes:
+        tried.append(words)
+        if planned(changed).fits:
+            return f"It fits with {words}: {how} and checked."
+    return f"None of these makes it fit, {how} one by one: {'; '.join(tried) or 'there was nothing to try'}."
+
+
 def _kinds(plan: Plan) -> Table:
     table = Table(
         "kind", "GiB a chip", title=f"{plan.target.num_chips} chips of {plan.target.name}", title_justify="left"
@@ -83,7 +96,7 @@ def _kinds(plan: Plan) -> Table:
 
 
 def _programs(plan: Plan) -> Table:
-    heads = ("program", "arguments", "temporaries", "held besides", "TFLOP", "predicted s", "floor s", "compiled in s")
+    heads = ("program", "arguments", "temporaries", "held besides", "TFLOP", "predicted s", "floor s", "found in s")
     table = Table(*heads, title="programs, GiB a chip; seconds are predictions", title_justify="left")
     for program in plan.programs:
         sizes = (program.argument_bytes, program.temporary_bytes, program.resident_bytes)
@@ -91,7 +104,7 @@ def _programs(plan: Plan) -> Table:
             program.name,
             *(f"{size / _GIB:.3f}" for size in sizes),
             f"{program.flops / 1e12:.2f}",
-            f"{program.predicted_s:.3f}",
+            f"{program.predicted_s:.3f}" if program.predicted_s else "",
             f"{program.floor_s:.3f}",
             f"{program.compile_s:.0f}",
         )

@@ -30,10 +30,7 @@ def plan(open_plan: OpenPlan | None, loaded: LoadedConfig, name: str, slices: in
             f"--target {target.name}: is planned for by backend.name = {target.chip.engine}, not {engine}. "
             "Set backend.name, or choose another target."
         )
-    if open_plan is None:
-        raise ConfigError(
-            f"--target {target.name}: backend.name = {engine} plans for no machine yet. Choose a TPU and jax."
-        )
+    assert open_plan is not None, "both engines plan"
     found = open_plan(loaded, target, parts or PARTS)
     # As wide as its tables, where there is no terminal to say how wide.
     Console(width=None if sys.stdout.isatty() else 140).print(report(found))

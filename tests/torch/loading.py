@@ -32,7 +32,9 @@ def main(model: str, out: str) -> None:
 
 
 def load(folder: Path) -> Whole:
-    return Whole(empty_model(folder, torch.float32), folder, CPU, "zero3", torch.float32)
+    whole = Whole(empty_model(folder, torch.float32), "zero3", torch.float32)
+    whole.read(folder, CPU, torch.float32)
+    return whole
 
 
 if __name__ == "__main__":

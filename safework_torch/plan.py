@@ -1,0 +1,259 @@
+"""`safework plan` for GPUs: the trainer's model in shards on meta devices, and what training holds beside them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from common.config import ConfigError, LoadedConfig, RunConfig
+from common.config.sentences import sentence
+from common.data.model_config import head_dim, num_kv_heads
+from common.plan.model import forward_flops, planned_model
+from common.plan.report import Plan, ProgramPlan, smallest_change
+from common.plan.target import Target
+from safework_torch.compiled import Rows, layer_bytes
+from safework_torch.config import TorchSection
+from safework_torch.model import model_without_weights
+from safework_torch.sharding import Whole, local
+from safework_torch.token_logprobs import CHUNK
+
+_GPUS_OF_A_HOST = 8
+_DTYPE = torch.bfloat16
+_WIDTH = _DTYPE.itemsize
+
+
+class _Job(NamedTuple):
+    """What is planned: a config, its model, the GPUs, and which programs."""
+
+    config: RunConfig
+    section: TorchSection
+    hf: dict[str, Any]
+    model: PreTrainedConfig
+    target: Target
+    parts: tuple[str, ...]
+
+    @property
+    def rows(self) -> Rows:
+        """Those of one GPU. Sequences are as long as they may become, so that a row may hold one of them alone."""
+        batch, longest = self.config.batch, self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens
+        masked = batch.packed and batch.row_tokens >= 2 * longest
+        return Rows(batch.rows_per_microbatch // self.target.num_chips, batch.row_tokens, masked)
+
+
+class _Weights(NamedTuple):
+    """Numbers of weights: all, those that a GPU holds between updates, of one layer, of what is outside layers, and of
+    the matrix of the head.
+    """
+
+    all: int
+    own: int
+    layer: int
+    outside: int
+    head: int
+
+
+def plan(loaded: LoadedConfig, target: Target, parts: tuple[str, ...]) -> Plan:
+    """Count what a config's training needs of GPUs; where that is too much, try smaller changes.
+
+    Needs the model's config.json alone. Raises ConfigError for what is not counted, and for rows that do not divide.
+    """
+    assert isinstance(loaded.engine, TorchSection)
+    if loaded.config.backend.dtype != "bfloat16":
+        problem, origin = "GPUs are planned for in bfloat16 alone. Set it to bfloat16.", loaded.origin("backend.dtype")
+        raise ConfigError(sentence("backend.dtype", loaded.config.backend.dtype, origin, problem))
+    if loaded.config.batch.rows_per_microbatch % target.num_chips:
+        raise ConfigError(
+            f"batch.rows_per_microbatch = {loaded.config.batch.rows_per_microbatch}: does not divide over the "
+            f"{target.num_chips} GPUs of {target.name}. Choose a multiple of {target.num_chips}."
+        )
+    hf = planned_model(loaded)
+    job = _Job(loaded.config, loaded.engine, hf, AutoConfig.for_model(**hf), target, parts)
+    if target.num_chips > 1:
+        os.environ["LOCAL_WORLD_SIZE"] = str(min(_GPUS_OF_A_HOST, target.num_chips))
+        dist.init_process_group("fake", rank=0, world_size=target.num_chips, store=FakeStore())
+    try:
+        found = _counted(job)
+        return (
+            found
+            if found.fits
+            else found._replace(notes=(smallest_change(_changes(job), _counted, "counted"), *found.notes))
+        )
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _counted(job: _Job) -> Plan:
+    """Each part of the job, and what lies on a GPU all the time."""
+    weights, config = _weights(job), job.config
+    kinds = {"parameters, fp32": 4 * weights.own, "moments": 8 * weights.own}
+    if job.target.num_chips == 1:
+        kinds["parameters, bf16"] = _WIDTH * weights.own
+    if config.ema.decay is not None:
+        kinds["average"] = 4 * weights.own
+    if config.loss.kl_coef:
+        kinds["reference"] = _WIDTH * weights.own
+    held = sum(kinds.values())
+    programs = []
+    for part, counted in (("update", _update), ("logprobs", _logprobs), ("sampling", _sampling)):
+        if part in job.parts:
+            begun = time.monotonic()
+            temporaries, work, sent, least = counted(job, weights)
+            work /= job.target.num_chips
+            floor = work / job.target.chip.bf16_flops
+            seconds = time.monotonic() - begun
+            programs.append(ProgramPlan(part, held, temporaries, 0, work, sent, least, 0.0, floor, seconds))
+    note = (
+        "Counted, not compiled: sequences as long as they may become, two micro-batches or more, no time but the floor."
+    )
+    return Plan(job.target, kinds, tuple(programs), (note,))
+
+
+_Found = tuple[int, float, dict[str, int], dict[str, int]]  # temporaries, FLOP of all GPUs, bytes sent, the least
+
+
+def _weights(job: _Job) -> _Weights:
+    model: PreTrainedModel = model_without_weights(job.model, torch.float32)
+    sizes = {name: weight.numel() for name, weight in model.named_parameters()}
+    layer = sum(weight.numel() for weight in model.model.layers[0].parameters())
+    head = job.model.vocab_size * job.model.hidden_size
+    whole = Whole(model, job.section.sharding, _DTYPE)
+    own = sum(local(weight).numel() for weight in whole.model.parameters())
+    everything = sum(sizes.values())
+    return _Weights(everything, own, layer, everything - layer * job.model.num_hidden_layers, head)
+
+
+def _update(job: _Job, weights: _Weights) -> _Found:
+    """The larger of two moments of a micro-batch: in the head, and in the last layer's backward pass."""
+    recompute = job.config.backend.recompute
+    layer = layer_bytes(job.model, _DTYPE, job.rows, recompute, job.section.compile)
+    kept = job.model.num_hidden_layers * layer.kept + _outside_layers(job)
+    head = _head(job, weights, recompute == "none", backward=True)
+    passes = kept + max(head, layer.backward + _WIDTH * weights.head)
+    again = 1 if recompute == "full" else 0
+    work = (3 + again) * _forward(job)
+    several = job.target.num_chips > 1
+    temporaries = _gradients(job, weights) + max(passes, 0 if several else _WIDTH * weights.all)
+    if several:
+        temporaries += _gathered(job, weights) + _reduced(job, weights)
+    sent, least = _sent(job, weights)
+    return temporaries, work, sent, least
+
+
+def _gradients(job: _Job, weights: _Weights) -> int:
+    """Of the micro-batches before, fp32: whole under zero1, or else where the weights are."""
+    if job.target.num_chips > 1 and job.section.sharding == "zero1":
+        return 4 * weights.all
+    return 4 * weights.own
+
+
+def _gathered(job: _Job, weights: _Weights) -> int:
+    """Whole weights in the dtype of products: all, or those outside layers and two layers; and what arrives."""
+    if job.section.sharding in ("zero1", "zero2"):
+        return _WIDTH * weights.all
+    return _WIDTH * (weights.outside + 3 * weights.layer)
+
+
+def _reduced(job: _Job, weights: _Weights) -> int:
+    """A layer's gradients on their way to the other GPUs, fp32."""
+    return 0 if job.section.sharding == "zero1" else 4 * weights.layer
+
+
+def _outside_layers(job: _Job) -> int:
+    """What embedding and final norm keep: the first layer's input, and that of the norm in fp32 twice."""
+    return job.rows.number * job.rows.length * job.model.hidden_size * (2 * _WIDTH + 2 * 4)
+
+
+def _sampled(job: _Job) -> int:
+    rollout, data = job.config.rollout, job.config.data
+    longest = rollout.max_new_tokens + data.max_prompt_tokens
+    return job.rows.number * job.rows.length * rollout.max_new_tokens // longest
+
+
+def _head(job: _Job, weights: _Weights, keeps: bool, *, backward: bool) -> int:
+    """Logits of a chunk and a second array like it, or all logits and that one; hidden states and their gradient; the
+    head's gradient in fp32 and as it is handed on.
+    """
+    sampled, vocabulary, width = _sampled(job), job.model.vocab_size, job.model.hidden_size
+    chunk = min(CHUNK["cuda"], sampled) * vocabulary * _WIDTH
+    logits = chunk + (sampled * vocabulary * _WIDTH if keeps else chunk)
+    hidden = sampled * width * _WIDTH
+    return logits + hidden + ((4 + _WIDTH) * weights.head + hidden if backward else 0)
+
+
+def _logprobs(job: _Job, weights: _Weights) -> _Found:
+    layer = layer_bytes(job.model, _DTYPE, job.rows, "none", job.section.compile)
+    temporaries = 2 * layer.kept + _outside_layers(job) + _head(job, weights, keeps=False, backward=False)
+    several = job.target.num_chips > 1
+    if several:
+        temporaries += _gathered(job, weights)
+    sent = {"fsdp": round(_share(job) * _WIDTH * weights.all)} if several else {}
+    return temporaries, _forward(job), sent, dict(sent)
+
+
+def _sampling(job: _Job, weights: _Weights) -> _Found:
+    """The embedded sampler's: whole weights, query, key and value and gate and up once more side by side, keys and
+    values of prompts and of `rollout.rows` responses, and logits in fp32 three times. Work is that of one token a row.
+    """
+    model, rollout, data = job.model, job.config.rollout, job.config.data
+    keys = 2 * num_kv_heads(job.hf) * head_dim(job.hf)
+    beside = model.hidden_size * (model.num_attention_heads * head_dim(job.hf) + keys + 2 * model.intermediate_size)
+    prompts = -(-rollout.rows // rollout.group_size)
+    slots = (rollout.rows + prompts) * (data.max_prompt_tokens + rollout.max_new_tokens)
+    cache = slots * model.num_hidden_layers * keys * _WIDTH
+    whole = weights.all if job.target.num_chips > 1 else 0
+    copies = _WIDTH * (whole + model.num_hidden_layers * beside)
+    logits = 3 * 4 * rollout.rows * model.vocab_size
+    sent = {"fsdp": round(_share(job) * _WIDTH * weights.all)} if whole else {}
+    return copies + cache + logits, 2.0 * weights.all * rollout.rows * job.target.num_chips, sent, dict(sent)
+
+
+def _share(job: _Job) -> float:
+    """Of an array that a GPU of a group gathers or gives: all but its own part."""
+    group = job.target.num_chips
+    if job.section.sharding == "hybrid":
+        group = min(_GPUS_OF_A_HOST, group)
+    return (group - 1) / group
+
+
+def _sent(job: _Job, weights: _Weights) -> tuple[dict[str, int], dict[str, int]]:
+    """Of a micro-batch, by axis: gathers in bf16 and sums in fp32; the least is two gathers and one sum."""
+    if job.target.num_chips == 1:
+        return {}, {}
+    once = {"zero1": 0, "zero2": 1}  # zero1: between the first micro-batch and the last
+    layers = weights.all - weights.outside
+    gathered = _WIDTH * (once[job.section.sharding] * weights.all if job.section.sharding in once else 2 * layers)
+    gathered += 0 if job.section.sharding in once else _WIDTH * weights.outside
+    summed = 0 if job.section.sharding == "zero1" else 4 * weights.all
+    sent = {"fsdp": round(_share(job) * (gathered + summed))}
+    least = {"fsdp": round(_share(job) * (2 * _WIDTH + 4) * weights.all)}
+    hosts = job.target.num_chips // min(_GPUS_OF_A_HOST, job.target.num_chips)
+    if job.section.sharding == "hybrid" and hosts > 1:
+        sent["replica"] = least["replica"] = round(2 * (hosts - 1) / hosts * 4 * weights.own)
+    return sent, least
+
+
+def _forward(job: _Job) -> float:
+    return forward_flops(job.hf, job.config.batch.rows_per_microbatch, job.rows.length)
+
+
+def _changes(job: _Job) -> Iterator[tuple[str, _Job]]:
+    config, fewest = job.config, job.target.num_chips
+    smaller = config.batch.model_copy(update={"rows_per_microbatch": fewest})
+    if smaller != config.batch:
+        job = job._replace(config=config.model_copy(update={"batch": smaller}))
+        yield f"batch.rows_per_microbatch={fewest}", job
+    if config.backend.recompute != "full":
+        again = job.config.backend.model_copy(update={"recompute": "full"})
+        job = job._replace(config=job.config.model_copy(update={"backend": again}))
+        yield f"batch.rows_per_microbatch={fewest} backend.recompute=full", job
+    if fewest > 1 and job.section.sharding != "zero3":
+        job = job._replace(section=job.section.model_copy(update={"sharding": "zero3"}))
+        yield f"batch.rows_per_microbatch={fewest} backend.recompute=full backend.torch.sharding=zero3", job

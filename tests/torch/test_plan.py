@@ -1,0 +1,142 @@
+"""Plans of training on GPUs that are not here: a layer against a count by hand, peaks against measured ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from common.config import ConfigError, load_config
+from common.plan.report import PARTS, Plan
+from common.plan.target import read_target
+from safework_torch.compiled import Rows, layer_bytes
+from safework_torch.main import open_plan
+from tests.runs import safework
+from tests.tiny import SIZES
+from tests.training import write_run
+
+QWEN = {
+    **SIZES,
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+    "head_dim": 8,
+    "max_position_embeddings": 32768,
+}
+HALF_B = QWEN | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+HALF_B |= {"num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64}
+ONE_AND_A_HALF_B = QWEN | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
+ONE_AND_A_HALF_B |= {"num_attention_heads": 12, "num_key_value_heads": 2, "head_dim": 128}
+# Peaks of torch's allocator in GiB, from benchmarks/README.md: 64 sequences of 256 + 768 tokens in rows of 1,024.
+MEASURED = [
+    (HALF_B, "h100:1", "none", 32, 48.1),
+    (HALF_B, "h100:1", "dots", 32, 45.8),
+    (HALF_B, "h100:1", "full", 32, 17.4),
+    (ONE_AND_A_HALF_B, "h100:1", "full", 32, 36.9),
+    (ONE_AND_A_HALF_B, "h100:1", "dots", 16, 61.8),
+    (HALF_B, "h100:2", "none", 64, 43.5),
+]
+
+
+def planned(folder: Path, shapes: dict[str, Any], target: str, parts: tuple[str, ...] = PARTS, **backend: Any) -> Plan:
+    """A plan of a model whose folder holds a config.json and nothing else; `rows` of a micro-batch are 1,024 tokens."""
+    rows, sharding = backend.pop("rows", 16), backend.pop("sharding", "zero2")
+    model = folder / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(shapes))
+    run_file = write_run(
+        folder,
+        model,
+        backend={"dtype": "bfloat16", "torch": {"compile": True, "sharding": sharding}, **backend},
+        batch={"row_tokens": 1024, "rows_per_microbatch": rows},
+        data={"max_prompt_tokens": 256},
+        rollout={"max_new_tokens": 768},
+    )
+    return open_plan(load_config([run_file]), read_target(target, 1), parts)
+
+
+@pytest.mark.parametrize(("shapes", "target", "recompute", "rows", "gib"), MEASURED)
+def test_the_peak_is_what_gpus_measured(
+    shapes: dict[str, Any], target: str, recompute: str, rows: int, gib: float, tmp_path: Path
+) -> None:
+    [update] = planned(tmp_path, shapes, target, ("update",), recompute=recompute, rows=rows).programs
+    assert update.needed_bytes / 2**30 == pytest.approx(gib, rel=0.15)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_a_compiled_layer_keeps_is_what_its_products_and_attention_read(masked: bool) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "head_dim": 16}
+    model = AutoConfig.for_model("llama", **{**SIZES, **sizes})
+    heads, keys = model.num_attention_heads * 16, model.num_key_value_heads * 16
+    # Normed twice, output product, output; rotated queries, mixed values; keys and values; gate, up, their product.
+    bf16 = 4 * 64 + 2 * heads + 2 * keys + 3 * 160
+    fp32 = 2 + model.num_attention_heads  # the norms' roots and attention's normalisers
+    found = layer_bytes(model, torch.bfloat16, Rows(4, 128, masked), "none", compiled=True)
+    by_hand = 4 * 128 * (2 * bf16 + 4 * fp32)
+    if masked:  # keys and values of each query head in place of those shared; the mask as a term of the scores
+        by_hand += 4 * 128 * (2 * 2 * (heads - keys) + 2 * 128)
+    assert found.kept == pytest.approx(by_hand, rel=0.01)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rows_count_in_proportion_and_full_recompute_keeps_the_output_alone(compiled: bool) -> None:
+    model = AutoConfig.for_model(**{**SIZES, "model_type": "llama"})
+    one, two = (layer_bytes(model, torch.bfloat16, Rows(n, 256, False), "none", compiled) for n in (1, 2))
+    assert two.kept == pytest.approx(2 * one.kept, rel=0.01)
+    full = layer_bytes(model, torch.bfloat16, Rows(2, 256, False), "full", compiled)
+    assert full.kept == pytest.approx(2 * 256 * model.hidden_size * 2, rel=0.01)
+    assert full.kept + full.backward > two.kept
+
+
+@pytest.mark.parametrize(("sharding", "gathers", "sums"), [("zero2", 1, 1), ("zero1", 0, 0), ("zero3", 2, 1)])
+def test_a_gpu_holds_its_shards_and_sends_what_its_mode_sends(
+    sharding: str, gathers: int, sums: int, tmp_path: Path
+) -> None:
+    plan = planned(tmp_path, QWEN | {"num_hidden_layers": 2}, "h100:4", ("update",), sharding=sharding)
+    width, mlp = QWEN["hidden_size"], QWEN["intermediate_size"]
+    heads = QWEN["num_attention_heads"] * QWEN["head_dim"]
+    keys = QWEN["num_key_value_heads"] * QWEN["head_dim"]
+    layer = width * (2 * heads + 2 * keys + 3 * mlp + 2) + heads + 2 * keys
+    outside = QWEN["vocab_size"] * width + width
+    everything = 2 * layer + outside
+    assert plan.kinds["parameters, fp32"] == pytest.approx(everything, rel=0.01)  # four bytes, a quarter of them
+    assert plan.kinds["moments"] == 2 * plan.kinds["parameters, fp32"]
+    gathered = 2 * (gathers * 2 * layer + min(gathers, 1) * outside)
+    assert plan.programs[0].collective_bytes["fsdp"] == pytest.approx(
+        0.75 * (gathered + sums * 4 * everything), rel=0.01
+    )
+
+
+def test_what_does_not_fit_comes_with_a_change_that_does(tmp_path: Path) -> None:
+    plan = planned(tmp_path, ONE_AND_A_HALF_B, "h100:1", ("update",), rows=64)
+    assert not plan.fits
+    assert plan.notes[0] == "It fits with batch.rows_per_microbatch=1: counted and checked."
+
+
+def test_a_model_too_large_for_any_change_is_said_so(tmp_path: Path) -> None:
+    large = ONE_AND_A_HALF_B | {"num_hidden_layers": 200}
+    plan = planned(tmp_path, large, "h100:1", ("update",), recompute="full", rows=1)
+    assert not plan.fits and plan.notes[0].startswith(
+        "None of these makes it fit, counted one by one: there was nothing"
+    )
+
+
+def test_the_command_plans_every_part_for_several_gpus(tmp_path: Path) -> None:
+    planned(tmp_path, QWEN, "h100:2")
+    done = safework("plan", tmp_path / "run.yaml", "--target", "h100:2")
+    assert done.returncode == 0, done.stderr
+    for words in ("2 chips of h100:2", "update", "logprobs", "sampling", "fsdp", "fits: "):
+        assert words in done.stdout
+
+
+def test_what_is_not_counted_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"backend\.dtype.*GPUs are planned for in bfloat16 alone"):
+        planned(tmp_path, QWEN, "h100:1", dtype="float32")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ConfigError, match=r"rows_per_microbatch = 3: does not divide over the 2 GPUs of h100:2"):
+        planned(tmp_path / "other", QWEN, "h100:2", rows=3)
