@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from common.config.method import OptimizerConfig
 from safework_jax.models.decoder.names import is_stacked
-from safework_jax.sharding import parameter_path, place
+from safework_jax.sharding import mesh_of, parameter_path, place, placed_like_parameters
 
 
 def _is_matrix(path: tuple[Any, ...], leaf: jax.Array) -> bool:
@@ -33,9 +33,8 @@ def init_moments(params: Any) -> optax.ScaleByAdamState:
 
 def step_count(params: Any, steps: int) -> jax.Array:
     """A count of steps, int32 scalar, on every device that holds parameters."""
-    sharding = jax.tree.leaves(params)[0].sharding
-    whole = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
-    return place(np.array(steps, np.int32), whole)
+    mesh, sharding = mesh_of(params), jax.tree.leaves(params)[0].sharding
+    return place(np.array(steps, np.int32), NamedSharding(mesh, PartitionSpec()) if mesh else sharding)
 
 
 @jax.jit
@@ -56,31 +55,26 @@ def step(
 
     Parameters and moments stay where the parameters lie; `params` and `moments` are given up.
     """
-    return _step(config, _shardings(params), params, moments, gradients, norm, rate)
+    return _step(config, mesh_of(params), params, moments, gradients, norm, rate)
 
 
 def lower_step(
     config: OptimizerConfig, params: Any, moments: optax.ScaleByAdamState, gradients: Any, number: jax.ShapeDtypeStruct
 ) -> jax.stages.Lowered:
     """`step` for shapes that say where they lie, not yet compiled; `number` is the shape of norm and rate."""
-    return _step.lower(config, _shardings(params), params, moments, gradients, number, number)
+    return _step.lower(config, mesh_of(params), params, moments, gradients, number, number)
 
 
-def _shardings(params: Any) -> tuple[jax.sharding.Sharding, ...]:
-    return tuple(leaf.sharding for leaf in jax.tree.leaves(params))
-
-
-@partial(jax.jit, static_argnames=("config", "shardings"), donate_argnames=("params", "moments"))
+@partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("params", "moments"))
 def _step(
     config: OptimizerConfig,
-    shardings: tuple[jax.sharding.Sharding, ...],
+    mesh: Mesh | None,
     params: Any,
     moments: optax.ScaleByAdamState,
     gradients: Any,
     norm: jax.Array,
     rate: jax.Array | float,
 ) -> tuple[Any, optax.ScaleByAdamState]:
-    placed = jax.tree.unflatten(jax.tree.structure(params), shardings)
     scale = jnp.where(norm > config.clip_norm, config.clip_norm / norm, 1.0)
     gradients = jax.tree.map(lambda gradient: gradient * scale, gradients)
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
@@ -89,8 +83,7 @@ def _step(
     direction, _ = decay.update(direction, decay.init(params), params)
     assert isinstance(after, optax.ScaleByAdamState)
     params = jax.tree.map(lambda parameter, change: parameter - rate * change, params, direction)
-    # Left to itself, XLA spreads small replicated parameters over the devices, and every program compiles once more.
-    params, mu, nu = jax.lax.with_sharding_constraint((params, after.mu, after.nu), (placed, placed, placed))
+    params, mu, nu = (placed_like_parameters(tree, mesh) for tree in (params, after.mu, after.nu))
     return params, after._replace(mu=mu, nu=nu)
 
 
@@ -104,12 +97,10 @@ class Average:
     def follow(self, params: Any, steps: int) -> None:
         """Take in the weights as they are after `steps` optimizer steps, if that is one of those that count."""
         if steps % self._every == 0:
-            shardings = tuple(leaf.sharding for leaf in jax.tree.leaves(params))
-            self.weights = _followed(shardings, self.weights, params, 1.0 - self._decay)
+            self.weights = _followed(mesh_of(params), self.weights, params, 1.0 - self._decay)
 
 
-@partial(jax.jit, static_argnames=("shardings", "share"), donate_argnames="average")
-def _followed(shardings: tuple[jax.sharding.Sharding, ...], average: Any, params: Any, share: float) -> Any:
-    placed = jax.tree.unflatten(jax.tree.structure(params), shardings)
+@partial(jax.jit, static_argnames=("mesh", "share"), donate_argnames="average")
+def _followed(mesh: Mesh | None, average: Any, params: Any, share: float) -> Any:
     moved = jax.tree.map(lambda own, weight: own + share * (weight - own), average, params)
-    return jax.lax.with_sharding_constraint(moved, placed)
+    return placed_like_parameters(moved, mesh)

@@ -83,11 +83,22 @@ def placement(path: str) -> PartitionSpec:
     return next(spec for pattern, spec in PLACEMENT if re.fullmatch(pattern, path))
 
 
-def placed_like_parameters(tree: Any, mesh: Mesh) -> Any:
-    """A parameter-shaped tree, inside jit, held to where the table places the parameters.
+def mesh_of(params: Any) -> Mesh | None:
+    """The mesh that parameters lie on; None where they lie on a device without one."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    if not isinstance(sharding, NamedSharding):
+        return None
+    assert isinstance(sharding.mesh, Mesh), "parameters lie on devices"
+    return sharding.mesh
+
+
+def placed_like_parameters(tree: Any, mesh: Mesh | None) -> Any:
+    """A parameter-shaped tree, inside jit, held to where the table places the parameters on a mesh.
 
     Left to itself, XLA spreads small replicated arrays over the devices, and every program compiles once more.
     """
+    if mesh is None:
+        return tree
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, placement(parameter_path(path)))),
         tree,

@@ -80,11 +80,9 @@ def plan(loaded: LoadedConfig, target: Target, parts: tuple[str, ...]) -> Plan:
         dist.init_process_group("fake", rank=0, world_size=target.num_chips, store=FakeStore())
     try:
         found = _counted(job)
-        return (
-            found
-            if found.fits
-            else found._replace(notes=(smallest_change(_changes(job), _counted, "counted"), *found.notes))
-        )
+        if found.fits:
+            return found
+        return found._replace(notes=(smallest_change(_changes(job), _counted, "counted"), *found.notes))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

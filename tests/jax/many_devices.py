@@ -2,12 +2,14 @@
 8 forced devices or in two with 4 each.
 
 Writes into OUT/MESH the gradients of a batch in four micro-batches (on one device also in one), the state after an
-update, and as facts.json the loss, how many shards each parameter and moment has and how large one is.
+update, and as facts.json the loss, how many shards each parameter and moment has and how large one is, and what later
+updates compile.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,8 +46,9 @@ def main(run_file: str, model: str, out: str, *meshes: str) -> None:
             loss = save_gradients(trainer, folder, "split")
             trainer.update(BATCH, 1e-3)
             save_together(trainer, team, folder)
+            found = {"loss": loss, "shards": shards(trainer), "compiled": compiled_later(trainer)}
             if team.leads:
-                (folder / "facts.json").write_text(json.dumps({"loss": loss, "shards": shards(trainer)}))
+                (folder / "facts.json").write_text(json.dumps(found))
 
 
 def open_over(run_file: str, model: str, mesh: str, rows: int) -> JaxTrainer:
@@ -61,6 +64,20 @@ def save_gradients(trainer: JaxTrainer, folder: Path, name: str) -> float:
     if jax.process_index() == 0:
         save_file(gradients, folder / f"{name}.safetensors")
     return loss
+
+
+def compiled_later(trainer: JaxTrainer) -> list[str]:
+    """What JAX says of programs that it compiles in two more updates."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("jax")
+    logger.addHandler(handler)
+    with jax.log_compiles():
+        for _ in range(2):
+            trainer.update(BATCH, 1e-3)
+    logger.removeHandler(handler)
+    return [line for line in said if line.startswith("Compiling")]
 
 
 def shards(trainer: JaxTrainer) -> dict[str, tuple[int, int]]:

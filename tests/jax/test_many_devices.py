@@ -71,6 +71,11 @@ def test_every_matrix_and_its_moment_lie_in_shards(where: str, mesh: str, measur
         assert (count, size) == (min(split, 8 // PROCESSES[where]), whole[name][1] // split), name
 
 
+@pytest.mark.parametrize(("where", "mesh"), CASES)
+def test_later_updates_compile_nothing(where: str, mesh: str, measured: Path) -> None:
+    assert facts(measured, where, mesh)["compiled"] == []
+
+
 def test_collectives_are_in_the_program_of_8_devices(measured: Path) -> None:
     programs = [path.read_text() for path in (measured / "hlo").glob("*accumulate*after_optimizations.txt")]
     over_8 = [text for text in programs if "num_partitions=8" in text]
