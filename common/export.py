@@ -7,6 +7,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -95,8 +96,10 @@ def exported(folder: Path) -> tuple[str, Weights] | None:
     marker = folder / MARKER
     if not marker.is_file():
         return None
-    said = json.loads(marker.read_text())
-    return said["checkpoint"], said.get("weights", "policy")
+    with suppress(ValueError, KeyError, TypeError):
+        said = json.loads(marker.read_text())
+        return said["checkpoint"], said["weights"]
+    return None  # damaged: made anew
 
 
 def _write_tensors(saved: SavedState, folder: Path, dtype: str, weights: Weights) -> None:

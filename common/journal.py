@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -19,40 +20,48 @@ from common.rollout.sampler import Draw
 from common.types import Asked, Missing, Rollout, RolloutGroup, Score, Span
 
 _ROLLOUTS, _RESULTS = "rollouts", "results"
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError)
 _ARRAYS = {"token_ids": np.int32, "sampled": np.bool_, "logprobs": np.float32}
 
 
 class Journal:
-    """The lines of one step, found by the places of their groups in the data order. key: which step, weights and seed.
+    """The lines of one step, found by the places of their groups in the data order. What cannot be read is not known.
 
-    append: how a line is added to the file; None where a resumed run would not find these weights.
+    sampled, scored: what a line of rollouts and one of results must be of: the save whose weights sampled it, the seed,
+    the rewards. append: how a line is added to the file; None where a resumed run would not find these weights.
     """
 
-    def __init__(self, text: str, key: Mapping[str, int], append: Callable[[dict[str, Any]], None] | None) -> None:
-        self._key, self._append = dict(key), append
+    def __init__(
+        self,
+        text: str,
+        sampled: Mapping[str, Any],
+        scored: Mapping[str, Any],
+        append: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
+        self._keys, self._append = {_ROLLOUTS: dict(sampled), _RESULTS: dict(scored)}, append
         self._found: dict[tuple[str, tuple[int, ...]], Any] = {}
         for line in text.split("\n"):
-            try:
+            with suppress(*_UNREADABLE):  # a killed process, or a machine without power, may have left half a line
                 record = json.loads(line)
-            except ValueError:  # a killed process, or a machine without power, may have left half a line
-                break
-            if record["key"] == self._key:
-                self._found[record["kind"], tuple(record["draws"])] = record["content"]
+                if record["key"] == self._keys[record["kind"]]:
+                    self._found[record["kind"], tuple(record["draws"])] = record["content"]
 
     def __len__(self) -> int:
         return len(self._found)
 
     def rollouts(self, draws: Sequence[Draw]) -> list[RolloutGroup] | None:
         """The groups that were sampled for these draws; None where they are not known."""
-        found = self._found.get((_ROLLOUTS, tuple(draw.place for draw in draws)))
-        return None if found is None else [_group(*pair) for pair in zip(draws, found, strict=True)]
+        with suppress(*_UNREADABLE):
+            found = self._found[_ROLLOUTS, tuple(draw.place for draw in draws)]
+            return [_group(*pair) for pair in zip(draws, found, strict=True)]
+        return None
 
     def results(self, groups: Sequence[RolloutGroup]) -> list[Results] | None:
         """The verifiers' results for these groups; None where they are not known."""
-        found = self._found.get((_RESULTS, tuple(group.draw for group in groups)))
-        if found is None:
-            return None
-        return [[{name: _score(score) for name, score in sample.items()} for sample in group] for group in found]
+        with suppress(*_UNREADABLE):
+            found = self._found[_RESULTS, tuple(group.draw for group in groups)]
+            return [_results(*pair) for pair in zip(groups, found, strict=True)]
+        return None
 
     def keep_rollouts(self, groups: Sequence[RolloutGroup]) -> None:
         """Add what a draw has sampled. Raises NotSaved."""
@@ -70,7 +79,7 @@ class Journal:
     def _add(self, kind: str, groups: Sequence[RolloutGroup], content: Any) -> None:
         assert self._append is not None
         draws = [group.draw for group in groups]
-        self._append({"key": self._key, "kind": kind, "draws": draws, "content": content})
+        self._append({"key": self._keys[kind], "kind": kind, "draws": draws, "content": content})
 
 
 def _group_record(group: RolloutGroup) -> dict[str, Any]:
@@ -89,6 +98,11 @@ def _group(draw: Draw, found: Mapping[str, Any]) -> RolloutGroup:
 
     rollouts = tuple(rollout(record) for record in found["rollouts"])
     return RolloutGroup(draw.prompt, draw.place, _array(found["prompt_token_ids"], np.int32), rollouts)
+
+
+def _results(group: RolloutGroup, found: Sequence[Mapping[str, Any]]) -> Results:
+    pairs = zip(group.rollouts, found, strict=True)
+    return [{name: _score(score) for name, score in sample.items()} for _, sample in pairs]
 
 
 def _score(found: Mapping[str, Any]) -> Score:

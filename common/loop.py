@@ -117,7 +117,7 @@ class Loop:
     def _collect(self, state: LoopState, timer: Timer) -> Collected:
         """Groups until enough of them teach or the refills are used up. The first draw is always whole."""
         config = self._config
-        journal = self._run.journal(state, config.run.seed)
+        journal = self._run.journal(state, config.run.seed, self._scorer.sources)
         scored, kept = Scored(), np.zeros(0, bool)
         cursor, wanted = state.cursor, config.rollout.prompts_per_step
         for _ in range(1 + config.advantage.max_refills):

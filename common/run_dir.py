@@ -18,10 +18,11 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from common.disk import NotSaved, not_locked, not_written, sync
-from common.state_files import note_file, read_manifest, seal
+from common.state_files import MANIFEST, note_file, read_manifest, seal
 from common.types import TrainBatch
 
 JOURNAL = "journal.jsonl"
@@ -41,8 +42,8 @@ _STEP_NAME = re.compile(r"step-(\d{6,})")
 
 @dataclass(frozen=True)
 class LoopState:
-    """All that the loop itself must remember: the next step, the data cursor, updates so far, record file lengths, and
-    the data files' digests by path.
+    """All that the loop itself must remember: the next step, the data cursor, updates so far, record file lengths, the
+    data files' digests by path, and which save it is from.
     """
 
     step: int = 0
@@ -50,6 +51,7 @@ class LoopState:
     policy_version: int = 0
     record_bytes: dict[str, int] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)
+    save: str = ""
 
 
 class RunDir:
@@ -104,7 +106,13 @@ class RunDir:
         steps = self.saved_steps()
         if not steps:
             return LoopState()
-        return LoopState(**read_manifest(self.checkpoint(steps[-1]))["loop"])
+        folder = self.checkpoint(steps[-1])
+        found = read_manifest(folder)["loop"]
+        try:
+            return LoopState(**found)
+        except TypeError as error:
+            problem = f"is damaged, or of another version ({error})"
+            raise NotSaved(f"{folder / MANIFEST}: {problem}. Put it back, or start anew in another run.dir.") from None
 
     def rewind_records(self, state: LoopState) -> None:
         """Cut the record files back to where the state left them and remove half-written checkpoints; where no
@@ -125,6 +133,8 @@ class RunDir:
                 path.rename(_free_name(path.with_name(path.name + ".old")))
             elif path.exists():
                 os.truncate(path, length)
+        if state.step == 0:
+            self.clear_journal()
         for folder in self.checkpoints.glob("*.partial"):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -162,17 +172,26 @@ class RunDir:
             raise self._not_saved(path, error) from error
 
     def read_journal(self) -> str:
-        """The whole lines of the journal, to which it is cut back; what a killed process was writing is none."""
+        """The whole lines of the journal, to which it is cut back; what a killed process was writing is none. Raises
+        NotSaved.
+        """
         path = self.path / JOURNAL
         if not path.exists():
             return ""
-        whole = path.read_bytes().rpartition(b"\n")[0]
-        os.truncate(path, len(whole) + 1 if whole else 0)
+        try:
+            whole = path.read_bytes().rpartition(b"\n")[0]
+            os.truncate(path, len(whole) + 1 if whole else 0)
+        except OSError as error:
+            raise self._not_saved(path, error) from error
         return whole.decode(errors="replace")
 
     def clear_journal(self) -> None:
-        """Remove the journal: what it holds is of no use any more."""
-        (self.path / JOURNAL).unlink(missing_ok=True)
+        """Remove the journal: what it holds is of no use any more. Raises NotSaved."""
+        path = self.path / JOURNAL
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._not_saved(path, error) from error
 
     @contextmanager
     def saving(self, step: int) -> Iterator[Path]:
@@ -183,14 +202,14 @@ class RunDir:
             raise self._not_saved(self.checkpoint(step), error) from error
 
     def begin_checkpoint(self, state: LoopState) -> LoopState:
-        """Make the folder for the parts of a checkpoint; returns what its manifest is to hold: the state and how long
-        the record files are. Raises NotSaved.
+        """Make the folder for the parts of a checkpoint; returns what its manifest is to hold: the state, how long the
+        record files are, and a name for this save that no other has. Raises NotSaved.
         """
         with self.saving(state.step) as partial:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             lengths = {name: _length(self.path / name) for name in RECORDS}
-        return replace(state, record_bytes=lengths)
+        return replace(state, record_bytes=lengths, save=secrets.token_hex(8))
 
     def complete_checkpoint(self, state: LoopState, count: int, keep: int, deadline_s: float) -> None:
         """Wait for the parts of `count` processes, put the checkpoint in its place, and remove all but `keep`.
@@ -211,9 +230,12 @@ class RunDir:
         except OSError as error:
             raise self._not_saved(final, error) from error
         for step in self.saved_steps()[:-keep]:
-            # Renamed first: a folder that is half gone must not look complete.
-            old = self.checkpoint(step).rename(self.unfinished(step))
+            # Renamed first: a folder that is half gone must not look complete. What stays is tried again next time.
+            old = self.unfinished(step)
             shutil.rmtree(old, ignore_errors=True)
+            with suppress(OSError):
+                self.checkpoint(step).rename(old)
+                shutil.rmtree(old, ignore_errors=True)
 
     def drop_unfinished(self, step: int) -> None:
         """Remove what there is of a checkpoint that will not be complete: it may be what fills the disk."""

@@ -15,6 +15,7 @@ either engine.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from bisect import bisect_left
@@ -32,6 +33,7 @@ from common.disk import NotSaved, sync, write_whole
 from common.types import Box, Kind, Piece, TrainingState
 
 MANIFEST = "manifest.json"
+_ENTRIES = {"loop", "optimizer_steps", "save", "shapes", "parts"}
 
 
 def whole(array: np.ndarray) -> list[Piece]:
@@ -45,22 +47,23 @@ def write_state(state: TrainingState, folder: Path) -> None:
     seal(folder, 1, {})
 
 
-def write_part(state: TrainingState, folder: Path, index: int, count: int) -> None:
+def write_part(state: TrainingState, folder: Path, index: int, count: int, save: str = "") -> None:
     """Write the pieces of process `index` of `count`, each kind in a file, and when they are on the disk a note of
-    them. Raises OSError when the disk does.
+    them. save: which save this is, the same in all of its files. Raises OSError when the disk does.
     """
     files = {}
     for kind, tensors in state.tensors.items():
         file = folder / _file_name(kind, index, count)
         pieces = [(name, piece) for name, parts in tensors.items() for piece in parts]
-        save_tensors({_key(name, piece.box, piece.shape): piece.array for name, piece in pieces}, file, {})
+        save_tensors({_key(name, piece.box, piece.shape): piece.array for name, piece in pieces}, file, {"save": save})
         sync(file)
         files[kind] = file.stat().st_size
     boxes: dict[str, list[Box]] = {}
     for tensors in state.tensors.values():  # cut the same way in every kind
         boxes |= {name: [piece.box for piece in parts] for name, parts in tensors.items() if parts}
     shapes = {name: parts[0].shape for tensors in state.tensors.values() for name, parts in tensors.items() if parts}
-    note = {"bytes": files, "slices": boxes, "shapes": shapes, "optimizer_steps": state.optimizer_steps}
+    counted = {"optimizer_steps": state.optimizer_steps, "save": save}
+    note = {"bytes": files, "slices": boxes, "shapes": shapes, **counted}
     write_whole(note_file(folder, index, count), json.dumps(note))
 
 
@@ -79,6 +82,7 @@ def seal(folder: Path, count: int, loop: Mapping[str, Any]) -> None:
     boxes: defaultdict[str, list[Box]] = defaultdict(list)
     for note in notes:
         assert note["optimizer_steps"] == notes[0]["optimizer_steps"], "processes are not at the same step"
+        assert note["save"] == notes[0]["save"], "parts are of two saves"
         for name, shape in note["shapes"].items():
             assert shapes.setdefault(name, shape) == shape, f"processes disagree on the shape of {name}"
             boxes[name] += note["slices"][name]
@@ -87,6 +91,7 @@ def seal(folder: Path, count: int, loop: Mapping[str, Any]) -> None:
     manifest = {
         "loop": dict(loop),
         "optimizer_steps": notes[0]["optimizer_steps"],
+        "save": notes[0]["save"],
         "shapes": shapes,
         "parts": [{"bytes": note["bytes"], "slices": note["slices"]} for note in notes],
     }
@@ -147,9 +152,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a complete state. Raises NotSaved where there is none that can be read."""
     file = folder / MANIFEST
     try:
-        return json.loads(file.read_text())
+        manifest = json.loads(file.read_text())
+        if isinstance(manifest, dict) and {*manifest} >= _ENTRIES and manifest["parts"]:
+            return manifest
+        problem = "is damaged (it lacks what a manifest holds)"
     except FileNotFoundError:
         problem = "is not there, so this is no checkpoint, or one of an older version"
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
     except ValueError as error:
         problem = f"is damaged ({error})"
     raise NotSaved(f"{file}: {problem}. {_remedy(folder)}")
@@ -179,12 +189,23 @@ class SavedState:
         self.optimizer_steps: int = manifest["optimizer_steps"]
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
         self.kinds = _kinds(manifest)
-        self._folder, self._files, self._parts = folder, files, manifest["parts"]
+        self._folder, self._files, self._parts, self._save = folder, files, manifest["parts"], manifest["save"]
         self._opened: dict[str, Any] = {}
         self._slices: defaultdict[str, list[tuple[int, Box]]] = defaultdict(list)
         for index, part in enumerate(self._parts):
             for name, boxes in part["slices"].items():
                 self._slices[name] += [(index, tuple(map(tuple, box))) for box in boxes]
+
+    def refuse_other_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise NotSaved where a model's tensors are not those of this state."""
+        for name in sorted({*shapes, *self.shapes}):
+            there, here = self.shapes.get(name), shapes.get(name)
+            if there == here:
+                continue
+            raise NotSaved(
+                f"{self._folder}: is of another model than model.path: {name} is {there} there and {here} here. "
+                "Put the model back, or start anew in another run.dir."
+            )
 
     def read(self, kind: Kind, name: str, part: tuple[slice, ...] = ()) -> np.ndarray:
         """A tensor, or the part of it between the bounds of the slices given for its first dimensions: a new array.
@@ -203,6 +224,8 @@ class SavedState:
                 if shared == wanted:
                     return array
                 parts.append((_within(wanted, shared), array))
+        if sum(array.size for _, array in parts) != math.prod(stop - start for start, stop in wanted):
+            raise self._unreadable(self._folder / MANIFEST, f"knows no file of all of {name}")
         found = np.empty([stop - start for start, stop in wanted], parts[0][1].dtype if parts else np.float32)
         for place, array in parts:
             found[place] = array
@@ -215,7 +238,10 @@ class SavedState:
             try:
                 if path.stat().st_size != size:
                     raise self._unreadable(path, f"has {path.stat().st_size} bytes where {size} were written")
-                self._opened[name] = self._files.enter_context(safe_open(path, "np"))
+                opened = self._files.enter_context(safe_open(path, "np"))
+                if (opened.metadata() or {}).get("save", "") != self._save:
+                    raise self._unreadable(path, "is of another save than its manifest")
+                self._opened[name] = opened
             except FileNotFoundError:
                 raise self._unreadable(path, "is not there") from None
             except SafetensorError as error:

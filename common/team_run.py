@@ -30,7 +30,7 @@ class TeamRun:
         self._pool = ThreadPool(1)  # of daemons: no process lives on for it
         self._saving: AsyncResult[None] | None = None
         self._journal = ""  # that of the step to go on with
-        self._last: int | None = None  # the step of the newest checkpoint, complete or not
+        self._last: tuple[int, str] | None = None  # step and name of the newest save, complete or not
 
     def __enter__(self) -> TeamRun:
         return self
@@ -51,7 +51,7 @@ class TeamRun:
             self._run_dir.rewind_records(state)
             self._journal = self._run_dir.read_journal() if state.step else ""
         [(state, self._journal), *_] = self._team.exchange((state, self._journal), "the state to go on from")
-        self._last = state.step or None
+        self._last = (state.step, state.save) if state.step else None
         return state, self._run_dir.checkpoint(state.step)
 
     def stopping(self) -> bool:
@@ -68,12 +68,18 @@ class TeamRun:
         if self._team.leads:
             self._run_dir.append(name, records)
 
-    def journal(self, state: LoopState, seed: int) -> Journal:
-        """What is known of the step that begins with this state, and where more of it goes."""
+    def journal(self, state: LoopState, seed: int, sources: Callable[[], dict[str, str]]) -> Journal:
+        """What is known of the step that begins with this state, and where more of it goes. sources: digests of the
+        user's own files that make scores.
+        """
         text, self._journal = self._journal, ""
-        key = {"step": state.step, "policy_version": state.policy_version, "seed": seed}
-        journal = Journal(text, key, self._note if state.step == self._last else None)
-        if state.step == self._last and self._team.leads and not len(journal):
+        if self._last is None or self._last[0] != state.step:
+            return Journal("", {}, {}, None)
+        key = {"save": self._last[1], "seed": seed}
+        own = {**key, "sources": sources()} if self._team.leads else None
+        [scored, *_] = self._team.exchange(own, "what makes scores")
+        journal = Journal(text, key, scored, self._note)
+        if self._team.leads and not len(journal):
             self._run_dir.clear_journal()
         return journal
 
@@ -90,15 +96,15 @@ class TeamRun:
         self._wait()
         if self._team.leads:
             state = self._run_dir.begin_checkpoint(state)
-        self._team.exchange(None, f"the new folder of step {state.step}")
-        self._last = state.step
+        [state, *_] = self._team.exchange(state, f"the new folder of step {state.step}")
+        self._last = state.step, state.save
         self._saving = self._pool.apply_async(self._write, (state, snapshot()))
 
     def _write(self, state: LoopState, part: TrainingState) -> None:
         count = len(self._team.places)
         try:
             with self._run_dir.saving(state.step) as folder:
-                write_part(part, folder, self._team.index, count)
+                write_part(part, folder, self._team.index, count, state.save)
             if self._team.leads:
                 self._run_dir.complete_checkpoint(state, count, self._keep, self._deadline_s)
         except NotSaved:

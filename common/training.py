@@ -8,7 +8,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from common.attack.report import refuse_untried
-from common.config import LoadedConfig, RunConfig, checks
+from common.config import ConfigError, LoadedConfig, RunConfig, checks
 from common.experiment import load_data, open_chat, policy_folder, reference_folder
 from common.export import Weights, export_model, exported
 from common.interrupt import INTERRUPTED, Interrupt
@@ -19,6 +19,7 @@ from common.rewards.scorer import Scorer
 from common.rollout.sampler import RolloutSampler
 from common.run_dir import RunDir
 from common.serving.in_process import OpenJudge
+from common.state_files import saved_kinds
 from common.team import Team
 from common.team_run import TeamRun
 from common.trainer import PolicyTrainer
@@ -71,6 +72,11 @@ def _open_run(loaded: LoadedConfig, team: Team) -> RunDir:
 
 def _export_again(run_dir: RunDir, step: int, policy: Path, weights: Weights) -> None:
     """What is left of a finished run: it may have been killed after its last checkpoint and before the export of it."""
+    if weights == "ema" and "ema" not in saved_kinds(run_dir.checkpoint(step)):
+        raise ConfigError(
+            f"evaluation.weights = ema: {run_dir.path} was trained to its end without an average. Set it to policy, or "
+            "raise run.steps to train on with one."
+        )
     if exported(run_dir.path / "export") != (run_dir.checkpoint(step).name, weights):
         _export(run_dir, step, policy, weights)
     print(f"{run_dir.path}: already trained for {step} steps; raise run.steps to go on. Nothing to do.")

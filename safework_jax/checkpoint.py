@@ -83,10 +83,20 @@ def restore_state(
     process holds is read. Raises NotSaved where it cannot be.
     """
     with open_state(folder) as saved:
+        saved.refuse_other_shapes(_shapes(params, num_layers))
         if average is not None:
             average.weights = _read(params, "ema" if "ema" in saved.kinds else "model", num_layers, saved)
         trees = [_read(params, kind, num_layers, saved) for kind in ("model", "first_moment", "second_moment")]
         return trees[0], optax.ScaleByAdamState(step_count(params, saved.optimizer_steps), *trees[1:])
+
+
+def _shapes(params: Any, num_layers: int) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        text = parameter_path(path)
+        shape = leaf.shape[1:] if is_stacked(text) else leaf.shape
+        shapes |= dict.fromkeys(tensor_names(text, num_layers), shape)
+    return shapes
 
 
 def _read(like: Any, kind: Kind, num_layers: int, saved: SavedState) -> Any:

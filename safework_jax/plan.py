@@ -88,7 +88,9 @@ def _compiled(job: _Job) -> Plan:
     kinds = {"parameters": weights, "moments": 2 * weights, "gradients": weights, "rows of a micro-batch": batch}
     if job.config.loss.kl_coef:
         kinds["reference"] = weights
-    besides = kinds.get("reference", 0)
+    if job.config.ema.decay is not None:
+        kinds["average"] = weights
+    besides = kinds.get("reference", 0) + kinds.get("average", 0)
     found = []
     for name, held, work, lower in _lowered(job, program, params, mesh):
         begun = time.monotonic()

@@ -44,6 +44,7 @@ def _pieces(tensors: Mapping[str, Tensor]) -> dict[str, list[Piece]]:
 def restore_state(optimizer: AdamW, average: Average | None, folder: Path) -> None:
     """Read the parts of a saved state that this process holds. Raises NotSaved where it cannot be read."""
     with open_state(folder) as saved:
+        saved.refuse_other_shapes({name: tuple(weight.shape) for name, weight in optimizer.named.items()})
         for kind, tensors in _kinds(optimizer, average).items():
             _fill(tensors, kind if kind in saved.kinds else "model", saved)
         optimizer.steps = saved.optimizer_steps

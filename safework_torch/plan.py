@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from common.config import ConfigError, LoadedConfig, RunConfig
 from common.config.sentences import sentence
-from common.data.model_config import head_dim, num_kv_heads
+from common.data.model_config import head_dim, layer_windows, num_kv_heads
 from common.plan.model import forward_flops, planned_model
 from common.plan.report import Plan, ProgramPlan, smallest_change
 from common.plan.target import Target
@@ -41,9 +41,10 @@ class _Job(NamedTuple):
 
     @property
     def rows(self) -> Rows:
-        """Those of one GPU. Sequences are as long as they may become, so that a row may hold one of them alone."""
-        batch, longest = self.config.batch, self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens
-        masked = batch.packed and batch.row_tokens >= 2 * longest
+        """Those of one GPU. Packed ones hold several sequences, which a mask must tell apart."""
+        batch = self.config.batch
+        slides = any(window is not None and window < batch.row_tokens for window in layer_windows(self.hf))
+        masked = batch.packed or slides
         return Rows(batch.rows_per_microbatch // self.target.num_chips, batch.row_tokens, masked)
 
 
@@ -73,6 +74,8 @@ def plan(loaded: LoadedConfig, target: Target, parts: tuple[str, ...]) -> Plan:
             f"batch.rows_per_microbatch = {loaded.config.batch.rows_per_microbatch}: does not divide over the "
             f"{target.num_chips} GPUs of {target.name}. Choose a multiple of {target.num_chips}."
         )
+    if target.num_chips > _GPUS_OF_A_HOST and target.num_chips % _GPUS_OF_A_HOST:
+        raise ConfigError(f"--target {target.name}: hosts have {_GPUS_OF_A_HOST} GPUs. Choose a multiple of that.")
     hf = planned_model(loaded)
     job = _Job(loaded.config, loaded.engine, hf, AutoConfig.for_model(**hf), target, parts)
     if target.num_chips > 1:
@@ -103,18 +106,19 @@ def _counted(job: _Job) -> Plan:
     for part, counted in (("update", _update), ("logprobs", _logprobs), ("sampling", _sampling)):
         if part in job.parts:
             begun = time.monotonic()
-            temporaries, work, sent, least = counted(job, weights)
+            temporaries, work, sent = counted(job, weights)
             work /= job.target.num_chips
             floor = work / job.target.chip.bf16_flops
             seconds = time.monotonic() - begun
-            programs.append(ProgramPlan(part, held, temporaries, 0, work, sent, least, 0.0, floor, seconds))
+            programs.append(ProgramPlan(part, held, temporaries, 0, work, sent, {}, 0.0, floor, seconds))
     note = (
-        "Counted, not compiled: sequences as long as they may become, two micro-batches or more, no time but the floor."
+        "Counted, not compiled: responses as long as they may become, two micro-batches or more, a reference of the "
+        "policy's size, no time but the floor."
     )
     return Plan(job.target, kinds, tuple(programs), (note,))
 
 
-_Found = tuple[int, float, dict[str, int], dict[str, int]]  # temporaries, FLOP of all GPUs, bytes sent, the least
+_Found = tuple[int, float, dict[str, int]]  # temporaries, FLOP of all GPUs, bytes sent
 
 
 def _weights(job: _Job) -> _Weights:
@@ -141,8 +145,7 @@ def _update(job: _Job, weights: _Weights) -> _Found:
     temporaries = _gradients(job, weights) + max(passes, 0 if several else _WIDTH * weights.all)
     if several:
         temporaries += _gathered(job, weights) + _reduced(job, weights)
-    sent, least = _sent(job, weights)
-    return temporaries, work, sent, least
+    return temporaries, work, _sent(job, weights)
 
 
 def _gradients(job: _Job, weights: _Weights) -> int:
@@ -170,9 +173,9 @@ def _outside_layers(job: _Job) -> int:
 
 
 def _sampled(job: _Job) -> int:
-    rollout, data = job.config.rollout, job.config.data
-    longest = rollout.max_new_tokens + data.max_prompt_tokens
-    return job.rows.number * job.rows.length * rollout.max_new_tokens // longest
+    """At most: of a row with one sequence its response, of a packed one all, since prompts may be short."""
+    row = job.rows.length if job.config.batch.packed else min(job.config.rollout.max_new_tokens, job.rows.length)
+    return job.rows.number * row
 
 
 def _head(job: _Job, weights: _Weights, keeps: bool, *, backward: bool) -> int:
@@ -193,7 +196,7 @@ def _logprobs(job: _Job, weights: _Weights) -> _Found:
     if several:
         temporaries += _gathered(job, weights)
     sent = {"fsdp": round(_share(job) * _WIDTH * weights.all)} if several else {}
-    return temporaries, _forward(job), sent, dict(sent)
+    return temporaries, _forward(job), sent
 
 
 def _sampling(job: _Job, weights: _Weights) -> _Found:
@@ -210,7 +213,7 @@ def _sampling(job: _Job, weights: _Weights) -> _Found:
     copies = _WIDTH * (whole + model.num_hidden_layers * beside)
     logits = 3 * 4 * rollout.rows * model.vocab_size
     sent = {"fsdp": round(_share(job) * _WIDTH * weights.all)} if whole else {}
-    return copies + cache + logits, 2.0 * weights.all * rollout.rows * job.target.num_chips, sent, dict(sent)
+    return copies + cache + logits, 2.0 * weights.all * rollout.rows * job.target.num_chips, sent
 
 
 def _share(job: _Job) -> float:
@@ -221,21 +224,18 @@ def _share(job: _Job) -> float:
     return (group - 1) / group
 
 
-def _sent(job: _Job, weights: _Weights) -> tuple[dict[str, int], dict[str, int]]:
-    """Of a micro-batch, by axis: gathers in bf16 and sums in fp32; the least is two gathers and one sum."""
+def _sent(job: _Job, weights: _Weights) -> dict[str, int]:
+    """Of the last micro-batch of an update, by axis: gathers in bf16 and sums in fp32."""
     if job.target.num_chips == 1:
-        return {}, {}
-    once = {"zero1": 0, "zero2": 1}  # zero1: between the first micro-batch and the last
+        return {}
     layers = weights.all - weights.outside
-    gathered = _WIDTH * (once[job.section.sharding] * weights.all if job.section.sharding in once else 2 * layers)
-    gathered += 0 if job.section.sharding in once else _WIDTH * weights.outside
-    summed = 0 if job.section.sharding == "zero1" else 4 * weights.all
-    sent = {"fsdp": round(_share(job) * (gathered + summed))}
-    least = {"fsdp": round(_share(job) * (2 * _WIDTH + 4) * weights.all)}
+    # Whole weights stay between the passes with zero1 and zero2, and with zero1 since the first micro-batch.
+    gathers = {"zero1": 0, "zero2": weights.all}.get(job.section.sharding, 2 * layers + weights.outside)
+    sent = {"fsdp": round(_share(job) * (_WIDTH * gathers + 4 * weights.all))}
     hosts = job.target.num_chips // min(_GPUS_OF_A_HOST, job.target.num_chips)
     if job.section.sharding == "hybrid" and hosts > 1:
-        sent["replica"] = least["replica"] = round(2 * (hosts - 1) / hosts * 4 * weights.own)
-    return sent, least
+        sent["replica"] = round(2 * (hosts - 1) / hosts * 4 * weights.own)
+    return sent
 
 
 def _forward(job: _Job) -> float:

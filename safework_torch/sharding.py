@@ -27,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from common.config import ConfigError
 from common.data.model_weights import open_tensors
 from safework_torch.config import Sharding
 
@@ -138,6 +139,11 @@ def _mesh(mode: Sharding) -> DeviceMesh:
     if mode != "hybrid":
         return init_device_mesh(device, (count,), mesh_dim_names=("fsdp",))
     each = int(os.environ["LOCAL_WORLD_SIZE"])
+    if count % each:
+        raise ConfigError(
+            f"backend.torch.sharding = hybrid: {count} processes are not a whole number of hosts with {each}. Start as "
+            "many on each host, or choose zero3."
+        )
     return init_device_mesh(device, (count // each, each), mesh_dim_names=("replica", "fsdp"))
 
 

@@ -31,28 +31,36 @@ def open_tensors(folder: Path, files: ExitStack, framework: Literal["np", "pt"] 
 
     Raises ConfigError, without the folder's name, when a file is missing or damaged.
     """
-    tensors = {}
+    tensors, named = {}, _weight_map(folder)
     for shard in weight_files(folder):
         try:
             file = files.enter_context(safe_open(shard, framework))
         except SafetensorError as error:
             raise ConfigError(f"its {shard.name} is damaged ({error}). Download the model again.") from None
-        tensors.update(dict.fromkeys(file.keys(), file))
+        # A tensor that lies in two files is that of the index.
+        names = [name for name in list(file.keys()) if named.get(name, shard.name) == shard.name]
+        tensors.update(dict.fromkeys(names, file))
     return tensors
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model. Raises ConfigError, without the folder's name, when one is missing."""
-    index, names = folder / INDEX, ["model.safetensors"]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"its {index.name} is damaged ({error!r}). Download the model again.") from None
+    names = sorted({*_weight_map(folder).values()}) or ["model.safetensors"]
     for name in names:
         if not (folder / name).is_file():
             raise ConfigError(f"it lacks {name}, and weights are read from safetensors files only. Add the file.")
     return [folder / name for name in names]
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The file of each tensor, where the folder has an index."""
+    index = folder / INDEX
+    if not index.is_file():
+        return {}
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"its {index.name} is damaged ({error!r}). Download the model again.") from None
 
 
 def checked_model(folder: Path) -> dict[str, Any]:

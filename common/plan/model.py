@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.config import LoadedConfig
+from common.config import ConfigError, LoadedConfig
 from common.config.sentences import blamed
-from common.data.model_config import head_dim, num_kv_heads, read_model_config
+from common.data.model_config import head_dim, is_classifier, num_kv_heads, read_model_config
 from common.experiment import policy_folder
 
 
@@ -20,7 +20,10 @@ def planned_model(loaded: LoadedConfig) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         folder = policy_folder(loaded)
     with blamed("model.path", path, loaded.origin):
-        return read_model_config(folder)
+        hf = read_model_config(folder)
+        if is_classifier(hf):
+            raise ConfigError("has a classification head and cannot write. Choose a causal language model.")
+        return hf
 
 
 def forward_flops(hf: Mapping[str, Any], rows: int, tokens: int) -> float:

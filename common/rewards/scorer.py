@@ -14,6 +14,7 @@ from itertools import islice
 import numpy as np
 
 from common.config.run import RewardsSection
+from common.rewards.custom import source_digest
 from common.rewards.recipe import Recipe
 from common.rewards.tally import Tally, tally
 from common.rewards.threads import Verifying
@@ -51,6 +52,12 @@ class Scorer:
         self._section = section
         self._team = team
         self._verifying = Verifying(recipe.verifiers, section.deadline_s)
+
+    def sources(self) -> dict[str, str]:
+        """A digest of each of the user's files that make scores, by the path that the config names it by."""
+        verifiers = self._section.verifiers.values()
+        paths = [path for each in verifiers for path in (each.rule, each.reward_model) if path and ":" in path]
+        return {path: source_digest(path) for path in paths}
 
     def ask(self, groups: Sequence[RolloutGroup]) -> list[Results]:
         """For each group what the verifiers say of each of its responses."""

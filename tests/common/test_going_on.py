@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from common.algorithms.schedule import learning_rate
@@ -20,6 +21,7 @@ from common.state_files import save_tensors, whole, write_part
 from common.types import TrainingState
 from tests.numpy_run import Trained, train
 from tests.runs import lowercase_run, read_lines, saved_steps, untimed
+from tests.training import saved_state
 
 RECORDS = ("metrics.jsonl", "rollouts.jsonl", "evaluation.jsonl")
 
@@ -41,11 +43,10 @@ def assert_equal_runs(found: Trained, expected: Trained) -> None:
         assert untimed(read_lines(found.folder / name)) == untimed(read_lines(expected.folder / name)), name
     for run in (found, expected):
         assert len(run.metrics) == 6
-    last = "checkpoints/step-000006"
-    for name in ("model", "first_moment", "second_moment"):
-        assert (found.folder / last / f"{name}.safetensors").read_bytes() == (
-            expected.folder / last / f"{name}.safetensors"
-        ).read_bytes()
+    state, other = (saved_state(run.folder / "checkpoints" / "step-000006") for run in (found, expected))
+    assert state.keys() == other.keys()
+    for name, array in other.items():
+        np.testing.assert_array_equal(state[name], array, err_msg=name)
 
 
 def unchanged(folder: Path) -> dict[Path, tuple[bytes, int]]:
@@ -183,7 +184,9 @@ def test_weights_that_are_not_finite_stop_before_anything_is_recorded(
     weights = folder / "checkpoints" / "step-000004" / "model.safetensors"
     table = load_file(weights)["table"].copy()
     table[:, 100] = np.nan
-    save_tensors({"table": table}, weights, {})
+    with safe_open(weights, "np") as saved:
+        metadata = saved.metadata()
+    save_tensors({"table": table}, weights, metadata)
     run = train(run_file, "run.steps=6")
     assert run.status == 1
     assert "error: step 4: the policy's logprobs of a response to prompt 'p" in capsys.readouterr().err
@@ -198,7 +201,7 @@ def test_the_newest_checkpoints_stay_and_none_goes_before_a_newer_is_complete(tm
     part = TrainingState({"model": {"w": whole(np.ones(3, np.float32))}}, 1)
     for step in range(1, 5):
         state = run_dir.begin_checkpoint(LoopState(step=step))
-        write_part(part, run_dir.unfinished(step), 0, 1)
+        write_part(part, run_dir.unfinished(step), 0, 1, state.save)
         stood.append(saved_steps(tmp_path))
         run_dir.complete_checkpoint(state, count=1, keep=2, deadline_s=1.0)
     assert stood == [[], [1], [1, 2], [2, 3]]
@@ -206,12 +209,30 @@ def test_the_newest_checkpoints_stay_and_none_goes_before_a_newer_is_complete(tm
     assert sorted(path.name for path in run_dir.checkpoints.iterdir()) == ["step-000003", "step-000004"]
 
 
+def test_what_cannot_be_removed_does_not_end_a_run_that_is_saved(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    part = TrainingState({"model": {"w": whole(np.ones(3, np.float32))}}, 1)
+    for step in (1, 2):
+        (run_dir.unfinished(1) / "left").mkdir(parents=True, exist_ok=True)
+        state = run_dir.begin_checkpoint(LoopState(step=step))
+        write_part(part, run_dir.unfinished(step), 0, 1, state.save)
+        run_dir.complete_checkpoint(state, count=1, keep=1, deadline_s=1.0)
+    assert run_dir.saved_steps() == [2]
+
+
+def test_a_journal_without_a_checkpoint_goes(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    (tmp_path / "journal.jsonl").write_text("{}\n")
+    run_dir.rewind_records(run_dir.state())
+    assert not (tmp_path / "journal.jsonl").exists()
+
+
 def test_a_part_that_does_not_come_is_named_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
     part = TrainingState({"model": {"w": whole(np.ones(3, np.float32))}}, 1)
     for step, count in ((1, 1), (2, 3)):
         state = run_dir.begin_checkpoint(LoopState(step=step))
-        write_part(part, run_dir.unfinished(step), 0, count)
+        write_part(part, run_dir.unfinished(step), 0, count, state.save)
         if count == 1:
             run_dir.complete_checkpoint(state, count, keep=1, deadline_s=1.0)
     with pytest.raises(NotSaved, match=r"step-000002.partial: no part of process 1, 2 after 0 s \(run.deadline_s\)"):

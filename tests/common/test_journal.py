@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,7 +73,7 @@ def test_a_run_killed_while_it_scored_asks_and_samples_only_the_rest(
     killed = finish(start("tests.numpy_trainer", "train", run_file))
     assert killed.returncode == -signal.SIGKILL, killed
     with (tmp_path / "run" / "journal.jsonl").open("a") as file:
-        file.write('{"key": {"step": 1, "half a li')
+        file.write('null\n[]\n{"a": 1}\n{"key": {"save": 1, "half a li')
     run = train(run_file)
     assert run.status == 0
     total = straight.trainer.calls["sample"]
@@ -81,14 +83,51 @@ def test_a_run_killed_while_it_scored_asks_and_samples_only_the_rest(
         assert untimed(read_lines(run.folder / name)) == untimed(read_lines(straight.folder / name))
 
 
-def test_other_weights_never_take_it(tmp_path: Path, straight: Trained) -> None:
-    """The rollouts of the step before, or those of another seed, are no use."""
-    run_file = journaled_run(tmp_path, NEVER)
-    folder = train(run_file, "run.steps=2").folder
-    lines = (straight.folder / "journal.jsonl").read_text()
-    (folder / "journal.jsonl").write_text(lines.replace('"seed": 3', '"seed": 4') + lines)
-    assert '"step": 3' in lines
+def spoiled_content(record: dict[str, Any]) -> None:
+    record["content"] = [{}] * len(record["content"])
+
+
+CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
+    "of another save": lambda record: record["key"].update(save="other"),
+    "of another seed": lambda record: record["key"].update(seed=4),
+    "without groups": lambda record: record.update(content=[]),
+    "with groups of another shape": spoiled_content,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_lines_that_are_no_use_are_done_again(change: str, tmp_path: Path, straight: Trained) -> None:
+    run_file = killed_and_changed(tmp_path, CHANGES[change])
     run = train(run_file)
+    assert run.status == 0
+    assert run.trainer.calls["sample"] > straight.trainer.calls["sample"] - KILLED_AT
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         assert untimed(read_lines(run.folder / name)) == untimed(read_lines(straight.folder / name))
-    assert (run.folder / "journal.jsonl").read_text() == lines
+
+
+def test_changed_code_scores_again_what_was_sampled(tmp_path: Path, straight: Trained) -> None:
+    def change(record: dict[str, Any]) -> None:
+        if record["kind"] == "results":
+            assert len(record["key"]["sources"][f"{__name__}:Fatal"]) == 64
+            record["key"]["sources"] = {f"{__name__}:Fatal": "other"}
+
+    run = train(killed_and_changed(tmp_path, change))
+    total = straight.trainer.calls["sample"]
+    assert run.trainer.calls["sample"] == total - KILLED_AT
+    assert calls(tmp_path) > total + 1
+
+
+KILLED_AT = 6  # in a refill: the step has lines of both kinds
+
+
+def killed_and_changed(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A run killed in a refill, each line of its journal changed."""
+    run_file = journaled_run(folder, KILLED_AT)
+    assert finish(start("tests.numpy_trainer", "train", run_file)).returncode == -signal.SIGKILL
+    journal = folder / "run" / "journal.jsonl"
+    records = read_lines(journal)
+    assert {record["kind"] for record in records} == {"rollouts", "results"}
+    for record in records:
+        change(record)
+    journal.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return run_file

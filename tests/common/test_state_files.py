@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -129,7 +130,7 @@ def spoil(file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [(cut, "has 103 bytes where 104 were written"), (spoil, "is damaged ("), (Path.unlink, "is not there")],
+    [(cut, "has 111 bytes where 112 were written"), (spoil, "is damaged ("), (Path.unlink, "is not there")],
 )
 def test_a_changed_file_is_an_error_that_says_what_to_do(
     tmp_path: Path, change: Callable[[Path], None], said: str
@@ -151,6 +152,46 @@ def test_a_changed_manifest_is_an_error(tmp_path: Path, change: Callable[[Path],
     change(tmp_path / MANIFEST)
     with pytest.raises(NotSaved, match=f"{MANIFEST}: {said}"), open_state(tmp_path):
         raise AssertionError("it was opened")
+
+
+@pytest.mark.parametrize(
+    "text", ["null", "[]", "{}", '{"loop": {}, "optimizer_steps": 1, "save": "", "shapes": {}, "parts": []}']
+)
+def test_a_manifest_of_another_shape_is_an_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / MANIFEST).write_text(text)
+    with pytest.raises(NotSaved, match=f"{MANIFEST}: is damaged"), open_state(tmp_path):
+        raise AssertionError("it was opened")
+
+
+def test_files_of_two_saves_are_no_state(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write_part(of_one(np.ones(4, np.float32)), tmp_path / name, 0, 1, name)
+        seal(tmp_path / name, 1, {})
+    shutil.copy(tmp_path / "one" / "model.safetensors", tmp_path / "two")
+    with open_state(tmp_path / "two") as saved, pytest.raises(NotSaved, match="is of another save than its manifest"):
+        saved.read("model", "w")
+
+
+def test_slices_that_no_file_has_are_an_error(tmp_path: Path) -> None:
+    write_state(of_one(np.ones(4, np.float32)), tmp_path)
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    manifest["parts"][0]["slices"] = {}
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    with open_state(tmp_path) as saved, pytest.raises(NotSaved, match="knows no file of all of w"):
+        saved.read("model", "w")
+
+
+def test_another_models_tensors_are_refused(tmp_path: Path) -> None:
+    write_state(of_one(np.ones(4, np.float32)), tmp_path)
+    with open_state(tmp_path) as saved:
+        saved.refuse_other_shapes({"w": (4,)})
+        for shapes, said in (
+            ({"w": (3,)}, r"w is \(4,\) there and \(3,\) here"),
+            ({"w": (4,), "x": (1,)}, "x is None there"),
+        ):
+            with pytest.raises(NotSaved, match=said):
+                saved.refuse_other_shapes(shapes)
 
 
 @pytest.mark.parametrize(("disk", "code"), [(small_disk, errno.ENOSPC), (limited_files, errno.EFBIG)])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from jax.sharding import Sharding, SingleDeviceSharding
 from safetensors.numpy import load_file, save_file
 
 from common.export import export_model
@@ -248,16 +249,18 @@ def test_bfloat16_folders_round_trip_bit_for_bit(folders: dict[str, Path], tmp_p
 def test_shards_load_like_one_file_and_go_where_they_are_placed(folders: dict[str, Path], tmp_path: Path) -> None:
     transformers.AutoModelForCausalLM.from_pretrained(folders["llama"]).save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    placed = []
+    asked = {}
 
-    def place(path: str, array: np.ndarray) -> jax.Array:
-        placed.append(path)
-        return jnp.asarray(array)
+    def sharding(path: str, shape: tuple[int, ...]) -> Sharding:
+        asked[path] = shape
+        return SingleDeviceSharding(jax.devices()[0], memory_kind="unpinned_host")
 
     _, whole = load_model(folders["llama"], jnp.float32)
-    _, sharded = load_model(tmp_path, jnp.float32, place)
+    _, sharded = load_model(tmp_path, jnp.float32, sharding)
     jax.tree.map(np.testing.assert_array_equal, whole, sharded)
-    assert "layers.attention.query.weight" in placed and "embed.weight" in placed
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(sharded)} == {"unpinned_host"}
+    assert asked["layers.attention.query.weight"] == whole["layers"]["attention"]["query"]["weight"].shape
+    assert asked["embed.weight"] == whole["embed"]["weight"].shape
 
 
 def test_folders_that_do_not_fit_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:

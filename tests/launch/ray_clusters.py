@@ -78,14 +78,14 @@ def launched(address: str, run_file: Path, *words: str) -> Iterator[Launched]:
         process.wait()
 
 
-def programs(module: str, **variables: str) -> list[psutil.Process]:
-    """Processes that run a module with these variables in their environment."""
+def programs(module: str, *given: str | Path, **variables: str) -> list[psutil.Process]:
+    """Processes that run a module with these words and with these variables in their environment."""
     found = []
     for process in psutil.process_iter():
         try:
             words, environment = process.cmdline(), process.environ()
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue
-        if words[1:3] == ["-m", module] and variables.items() <= environment.items():
+        if words[1:3] == ["-m", module] and variables.items() <= environment.items() and {*map(str, given)} <= {*words}:
             found.append(process)
     return found

@@ -18,7 +18,7 @@ def test_a_replica_comes_back_and_a_dead_trainer_is_named(tmp_path: Path) -> Non
         job.until(lambda: saved_steps(folder))
         found = {"PYTHONPATH": str(tmp_path / "programs")}
         replicas = programs("vllm.entrypoints.openai.api_server", **found)
-        trainers = programs("safework_torch.main", WORLD_SIZE="2")
+        trainers = programs("safework_torch.main", run_file, WORLD_SIZE="2")
         assert len(replicas) == len(trainers) == 2 and job.out.count("] ready: taste at ") == 2
         assert {each.environ()["LOCAL_WORLD_SIZE"] for each in trainers} == {"1"}  # each on a node of its own
 
@@ -30,7 +30,7 @@ def test_a_replica_comes_back_and_a_dead_trainer_is_named(tmp_path: Path) -> Non
         steps = len(read_lines(folder / "metrics.jsonl"))
         job.until(lambda: len(read_lines(folder / "metrics.jsonl")) > steps)
 
-        [victim] = programs("safework_torch.main", RANK="1")
+        [victim] = programs("safework_torch.main", run_file, RANK="1")
         begun = time.monotonic()
         victim.kill()
         status, error = job.ended()
@@ -41,6 +41,6 @@ def test_a_replica_comes_back_and_a_dead_trainer_is_named(tmp_path: Path) -> Non
             error,
         )
         assert programs("vllm.entrypoints.openai.api_server", **found) == []
-        assert programs("safework_torch.main", RANK="0") == []
+        assert programs("safework_torch.main", run_file, RANK="0") == []
     scored = [score for record in read_lines(folder / "rollouts.jsonl") for score in record["scores"].values()]
     assert len(set(scored)) > 3  # the classifier looked at each response

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from common.config import load_config
+from common.disk import NotSaved
 from common.parity.ladder import CURVE, LIVE_GRADIENTS, NORM_RATIO
 from common.parity.measure import ParityTrainer
 from common.parity.recording import off_policy
@@ -94,6 +95,16 @@ def test_ten_steps_here_and_ten_there_are_twenty_of_either(
             limit = LIVE_GRADIENTS if name.startswith("model/") else MOMENTS
             assert moved > 0
             assert np.linalg.norm(found[name] - array) <= limit * moved, name
+
+
+@pytest.mark.parametrize("engine", ["torch", "jax"])
+def test_a_state_of_another_model_is_refused(engine: str, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    larger = make_model(tmp_path / "other" / "model", intermediate_size=128)
+    saved(open_engine(engine, larger), tmp_path / "state")
+    smaller = open_engine(engine, make_model(tmp_path / "model"))
+    with pytest.raises(NotSaved, match=r"is of another model than model.path: model\.layers\.0\.mlp\.down_proj"):
+        smaller.restore(tmp_path / "state")
 
 
 def test_both_write_the_same_files(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ MEASURED = [
 
 def planned(folder: Path, shapes: dict[str, Any], target: str, parts: tuple[str, ...] = PARTS, **backend: Any) -> Plan:
     """A plan of a model whose folder holds a config.json and nothing else; `rows` of a micro-batch are 1,024 tokens."""
-    rows, sharding = backend.pop("rows", 16), backend.pop("sharding", "zero2")
+    rows, sharding, packed = backend.pop("rows", 16), backend.pop("sharding", "zero2"), backend.pop("packed", False)
     model = folder / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(shapes))
@@ -53,7 +53,7 @@ def planned(folder: Path, shapes: dict[str, Any], target: str, parts: tuple[str,
         folder,
         model,
         backend={"dtype": "bfloat16", "torch": {"compile": True, "sharding": sharding}, **backend},
-        batch={"row_tokens": 1024, "rows_per_microbatch": rows},
+        batch={"row_tokens": 1024, "rows_per_microbatch": rows, "packed": packed},
         data={"max_prompt_tokens": 256},
         rollout={"max_new_tokens": 768},
     )
@@ -93,7 +93,7 @@ def test_rows_count_in_proportion_and_full_recompute_keeps_the_output_alone(comp
     assert full.kept + full.backward > two.kept
 
 
-@pytest.mark.parametrize(("sharding", "gathers", "sums"), [("zero2", 1, 1), ("zero1", 0, 0), ("zero3", 2, 1)])
+@pytest.mark.parametrize(("sharding", "gathers", "sums"), [("zero2", 1, 1), ("zero1", 0, 1), ("zero3", 2, 1)])
 def test_a_gpu_holds_its_shards_and_sends_what_its_mode_sends(
     sharding: str, gathers: int, sums: int, tmp_path: Path
 ) -> None:
@@ -134,9 +134,27 @@ def test_the_command_plans_every_part_for_several_gpus(tmp_path: Path) -> None:
         assert words in done.stdout
 
 
+def test_packed_rows_are_counted_with_their_mask_and_no_prompt(tmp_path: Path) -> None:
+    needed = []
+    for packed in (False, True):
+        folder = tmp_path / str(packed)
+        folder.mkdir()
+        [update] = planned(folder, HALF_B, "h100:1", ("update",), packed=packed, recompute="none").programs
+        needed.append(update.needed_bytes)
+    masks = 24 * 16 * 1024 * 1024 * 2  # a term of the scores for each layer
+    logits = 16 * 256 * 151936 * 2  # of prompts, which may be short
+    assert needed[1] - needed[0] > masks + logits
+
+
 def test_what_is_not_counted_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"backend\.dtype.*GPUs are planned for in bfloat16 alone"):
         planned(tmp_path, QWEN, "h100:1", dtype="float32")
     (tmp_path / "other").mkdir()
     with pytest.raises(ConfigError, match=r"rows_per_microbatch = 3: does not divide over the 2 GPUs of h100:2"):
         planned(tmp_path / "other", QWEN, "h100:2", rows=3)
+    (tmp_path / "twelve").mkdir()
+    with pytest.raises(ConfigError, match=r"--target h100:12: hosts have 8 GPUs"):
+        planned(tmp_path / "twelve", QWEN, "h100:12", rows=12, sharding="hybrid")
+    (tmp_path / "classifier").mkdir()
+    with pytest.raises(ConfigError, match=r"model\.path.*has a classification head and cannot write"):
+        planned(tmp_path / "classifier", QWEN | {"architectures": ["Qwen2ForSequenceClassification"]}, "h100:1")
