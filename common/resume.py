@@ -8,6 +8,7 @@ from pathlib import Path
 from common.config import ConfigError, LoadedConfig, load_config
 from common.config.explain import explain, forbidden_changes
 from common.config.sentences import sentence
+from common.export import Weights
 from common.run_dir import LoopState, RunDir
 from common.state_files import saved_kinds
 
@@ -58,6 +59,15 @@ def refuse_lost_average(loaded: LoadedConfig, checkpoint: Path) -> None:
     if loaded.config.ema.decay is None and "ema" in saved_kinds(checkpoint):
         problem = f"{checkpoint} has an average of the weights, which would be lost. Set it to go on with the average."
         raise ConfigError(sentence("ema.decay", None, loaded.origin("ema.decay"), problem))
+
+
+def refuse_missing_average(checkpoint: Path, weights: Weights) -> None:
+    """Raise ConfigError when a finished run's average is asked for, and its last checkpoint has none."""
+    if weights == "ema" and "ema" not in saved_kinds(checkpoint):
+        raise ConfigError(
+            f"evaluation.weights = ema: {checkpoint} ends a run without an average. Set it to policy, or raise "
+            "run.steps to train on with one."
+        )
 
 
 def _run_refusal(loaded: LoadedConfig, problem: str) -> ConfigError:

@@ -8,18 +8,17 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from common.attack.report import refuse_untried
-from common.config import ConfigError, LoadedConfig, RunConfig, checks
+from common.config import LoadedConfig, RunConfig, checks
 from common.experiment import load_data, open_chat, policy_folder, reference_folder
 from common.export import Weights, export_model, exported
 from common.interrupt import INTERRUPTED, Interrupt
 from common.loop import Loop
 from common.reporting import Reporter
-from common.resume import open_run, refuse_lost_average, refuse_other_data
+from common.resume import open_run, refuse_lost_average, refuse_missing_average, refuse_other_data
 from common.rewards.scorer import Scorer
 from common.rollout.sampler import RolloutSampler
 from common.run_dir import RunDir
 from common.serving.in_process import OpenJudge
-from common.state_files import saved_kinds
 from common.team import Team
 from common.team_run import TeamRun
 from common.trainer import PolicyTrainer
@@ -72,11 +71,7 @@ def _open_run(loaded: LoadedConfig, team: Team) -> RunDir:
 
 def _export_again(run_dir: RunDir, step: int, policy: Path, weights: Weights) -> None:
     """What is left of a finished run: it may have been killed after its last checkpoint and before the export of it."""
-    if weights == "ema" and "ema" not in saved_kinds(run_dir.checkpoint(step)):
-        raise ConfigError(
-            f"evaluation.weights = ema: {run_dir.path} was trained to its end without an average. Set it to policy, or "
-            "raise run.steps to train on with one."
-        )
+    refuse_missing_average(run_dir.checkpoint(step), weights)
     if exported(run_dir.path / "export") != (run_dir.checkpoint(step).name, weights):
         _export(run_dir, step, policy, weights)
     print(f"{run_dir.path}: already trained for {step} steps; raise run.steps to go on. Nothing to do.")

@@ -240,6 +240,13 @@ def test_a_part_that_does_not_come_is_named_and_leaves_the_checkpoint_before(tmp
     assert run_dir.state().step == 1
 
 
+def test_an_average_that_a_finished_run_has_not_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_file = lowercase_run(tmp_path)
+    train(run_file)
+    assert train(run_file, "ema.decay=0.5", "evaluation.weights=ema").status == 1
+    assert "error: evaluation.weights = ema: " in capsys.readouterr().err
+
+
 def test_an_average_is_never_lost_on_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_file = lowercase_run(tmp_path)
     folder = train(run_file, "ema.decay=0.5", "evaluation.weights=ema", "evaluation.at_ends=true").folder
