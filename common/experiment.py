@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.config import ConfigError, LoadedConfig
 from common.config.run import DataSource
@@ -96,10 +97,17 @@ def _checked_recipe(loaded: LoadedConfig, sources: Sequence[LoadedSource], serve
 def policy_folder(loaded: LoadedConfig) -> Path:
     """The local folder of the policy's starting point. Raises ConfigError for a model that cannot write."""
     folder = _folder(loaded, "model.path", loaded.config.model.path)
-    if is_classifier(read_model_config(folder)):
-        problem = "has a classification head and cannot write. Choose a causal language model."
-        raise ConfigError(sentence("model.path", loaded.config.model.path, loaded.origin("model.path"), problem))
+    policy_config(loaded, folder)
     return folder
+
+
+def policy_config(loaded: LoadedConfig, folder: Path) -> dict[str, Any]:
+    """The accepted config.json of the policy's folder. Raises ConfigError for a model that cannot write."""
+    with blamed("model.path", loaded.config.model.path, loaded.origin):
+        hf = read_model_config(folder)
+        if is_classifier(hf):
+            raise ConfigError("has a classification head and cannot write. Choose a causal language model.")
+        return hf
 
 
 def open_chat(loaded: LoadedConfig, policy: Path) -> Chat:

@@ -25,7 +25,7 @@ from safework_jax.attention import KeyValues
 from safework_jax.compiled import CompiledText
 from safework_jax.config import JaxSection, MeshSection
 from safework_jax.models.decoder.text import DecoderConfig, Params, init_params
-from safework_jax.sharding import AXES, ROWS, mesh_over, parameter_path, placement
+from safework_jax.sharding import AXES, ROWS, mesh_over, parameter_path, parameter_sharding
 
 _ROW_ARRAYS = {
     **dict.fromkeys(("token_ids", "positions", "segment_ids", "prefix_ids", "previous"), jnp.int32),
@@ -193,8 +193,7 @@ def _params(model: DecoderConfig, mesh: placing.Mesh) -> Params:
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0), jnp.float32))
 
     def placed(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        sharding = placing.NamedSharding(mesh, placement(parameter_path(path)))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return leaf.update(sharding=parameter_sharding(parameter_path(path), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(placed, shapes)
 

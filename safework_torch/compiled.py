@@ -24,6 +24,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 
 from common.data.model_config import head_dim
 from safework_torch.model import Recompute, model_without_weights, prepare_layers
+from safework_torch.sharding import put
 
 _ON_GPU = "safework_on_gpu"  # attention as `packed_attention` has it on a GPU, where there is none
 _KERNELS = ("mm", "addmm", "bmm", "_scaled_dot_product_", "convolution")
@@ -73,8 +74,7 @@ def _layer_call(model: Any, dtype: torch.dtype, rows: Rows) -> tuple[Callable[..
     cos, sin = (torch.empty(1, rows.length, head_dim(config.to_dict())) for _ in range(2))
     mask = torch.empty(rows.number, 1, rows.length, rows.length, dtype=torch.bool)
     for name, weight in list(layer.named_parameters()):
-        module, _, own_name = name.rpartition(".")
-        setattr(layer.get_submodule(module), own_name, nn.Parameter(torch.empty(weight.shape, dtype=dtype)))
+        put(nn.Parameter(torch.empty(weight.shape, dtype=dtype)), layer, name)
     weights = dict(layer.named_parameters())
 
     def run(x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, *given: Tensor) -> Tensor:

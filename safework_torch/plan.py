@@ -123,12 +123,11 @@ _Found = tuple[int, float, dict[str, int]]  # temporaries, FLOP of all GPUs, byt
 
 def _weights(job: _Job) -> _Weights:
     model: PreTrainedModel = model_without_weights(job.model, torch.float32)
-    sizes = {name: weight.numel() for name, weight in model.named_parameters()}
+    everything = sum(weight.numel() for weight in model.parameters())
     layer = sum(weight.numel() for weight in model.model.layers[0].parameters())
     head = job.model.vocab_size * job.model.hidden_size
     whole = Whole(model, job.section.sharding, _DTYPE)
     own = sum(local(weight).numel() for weight in whole.model.parameters())
-    everything = sum(sizes.values())
     return _Weights(everything, own, layer, everything - layer * job.model.num_hidden_layers, head)
 
 
@@ -192,11 +191,9 @@ def _head(job: _Job, weights: _Weights, keeps: bool, *, backward: bool) -> int:
 def _logprobs(job: _Job, weights: _Weights) -> _Found:
     layer = layer_bytes(job.model, _DTYPE, job.rows, "none", job.section.compile)
     temporaries = 2 * layer.kept + _outside_layers(job) + _head(job, weights, keeps=False, backward=False)
-    several = job.target.num_chips > 1
-    if several:
+    if job.target.num_chips > 1:
         temporaries += _gathered(job, weights)
-    sent = {"fsdp": round(_share(job) * _WIDTH * weights.all)} if several else {}
-    return temporaries, _forward(job), sent
+    return temporaries, _forward(job), _sent_once(job, weights)
 
 
 def _sampling(job: _Job, weights: _Weights) -> _Found:
@@ -212,8 +209,13 @@ def _sampling(job: _Job, weights: _Weights) -> _Found:
     whole = weights.all if job.target.num_chips > 1 else 0
     copies = _WIDTH * (whole + model.num_hidden_layers * beside)
     logits = 3 * 4 * rollout.rows * model.vocab_size
-    sent = {"fsdp": round(_share(job) * _WIDTH * weights.all)} if whole else {}
-    return copies + cache + logits, 2.0 * weights.all * rollout.rows * job.target.num_chips, sent
+    work = 2.0 * weights.all * rollout.rows * job.target.num_chips
+    return copies + cache + logits, work, _sent_once(job, weights)
+
+
+def _sent_once(job: _Job, weights: _Weights) -> dict[str, int]:
+    """To gather all weights once, by axis."""
+    return {"fsdp": round(_share(job) * _WIDTH * weights.all)} if job.target.num_chips > 1 else {}
 
 
 def _share(job: _Job) -> float:

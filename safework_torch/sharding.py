@@ -46,24 +46,25 @@ class Whole(nn.Module):
         self._modules_in_shards: list[FSDPModule] = []
         self._copies_of_masters: list[Tensor] = []
         self.masters: dict[str, nn.Parameter]
+        self._dtype = dtype
         if dist.is_initialized():
-            self._shard(dtype)
+            self._shard()
 
-    def read(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def read(self, folder: Path, device: torch.device) -> None:
         """Read the weights that this process holds from a model's folder to a device."""
         fill(self.model, folder, device)
-        self.masters = self._masters(dtype)
+        self.masters = self._masters()
 
-    def _masters(self, dtype: torch.dtype) -> dict[str, nn.Parameter]:
+    def _masters(self) -> dict[str, nn.Parameter]:
         """The fp32 weights, by name. Products in another dtype use copies, whose gradients are added up in fp32; in
         shards FSDP makes them.
         """
         named = dict(self.model.named_parameters())
-        if self._modules_in_shards or all(weight.dtype == dtype for weight in named.values()):
+        if self._modules_in_shards or all(weight.dtype == self._dtype for weight in named.values()):
             return named
         masters = {name: nn.Parameter(copy.data) for name, copy in named.items()}
         for copy in named.values():
-            copy.data = copy.data.to(dtype)
+            copy.data = copy.data.to(self._dtype)
         self._copies_of_masters = [*named.values()]
         return masters
 
@@ -78,10 +79,11 @@ class Whole(nn.Module):
         """How often each shard is there among all processes."""
         return _mesh(self._mode)["replica"].size() if self._modules_in_shards and self._mode == "hybrid" else 1
 
-    def _shard(self, dtype: torch.dtype) -> None:
+    def _shard(self) -> None:
+        dtypes = {"param_dtype": self._dtype, "reduce_dtype": torch.float32}
         placed: dict[str, Any] = {
             "mesh": _mesh(self._mode),
-            "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+            "mp_policy": MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False),
             "reshard_after_forward": self._mode in ("zero3", "hybrid"),
         }
         for layer in self.model.model.layers:
@@ -156,9 +158,14 @@ def fill(model: PreTrainedModel, folder: Path, device: torch.device) -> None:
         for name, weight in list(model.named_parameters(remove_duplicate=False)):
             if weight not in found:
                 found[weight] = nn.Parameter(_read(tensors[name], name, weight, device), weight.requires_grad)
-            module, _, own_name = name.rpartition(".")
-            setattr(model.get_submodule(module), own_name, found[weight])
+            put(found[weight], model, name)
     model.model.rotary_emb.to(device)
+
+
+def put(weight: nn.Parameter, module: nn.Module, name: str) -> None:
+    """Set the parameter of that name, such as `mlp.up_proj.weight`, of a module."""
+    owner, _, own_name = name.rpartition(".")
+    setattr(module.get_submodule(owner), own_name, weight)
 
 
 def _read(file: Any, name: str, like: Tensor, device: torch.device) -> Tensor:

@@ -47,12 +47,12 @@ class TorchTrainer:
         model = empty_model(policy, torch.float32)
         prepare_layers(model, config.backend.recompute, section.compile)
         self._policy = Whole(model, section.sharding, self._dtype)
-        self._policy.read(policy, self._device, self._dtype)
+        self._policy.read(policy, self._device)
         self._reference = None
         if reference is not None:
             frozen = empty_model(reference, self._dtype).requires_grad_(False)
             self._reference = Whole(frozen, section.sharding, self._dtype)
-            self._reference.read(reference, self._device, self._dtype)
+            self._reference.read(reference, self._device)
         self._optimizer = AdamW(self._policy.masters, config.optimizer, self._policy.copies)
         rule = config.ema
         self._average = None if rule.decay is None else Average(self._policy.masters, rule.decay, rule.every)

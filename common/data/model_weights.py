@@ -32,7 +32,7 @@ def open_tensors(folder: Path, files: ExitStack, framework: Literal["np", "pt"] 
     Raises ConfigError, without the folder's name, when a file is missing or damaged.
     """
     tensors, named = {}, _weight_map(folder)
-    for shard in weight_files(folder):
+    for shard in _files(folder, named):
         try:
             file = files.enter_context(safe_open(shard, framework))
         except SafetensorError as error:
@@ -45,7 +45,11 @@ def open_tensors(folder: Path, files: ExitStack, framework: Literal["np", "pt"] 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model. Raises ConfigError, without the folder's name, when one is missing."""
-    names = sorted({*_weight_map(folder).values()}) or ["model.safetensors"]
+    return _files(folder, _weight_map(folder))
+
+
+def _files(folder: Path, named: Mapping[str, str]) -> list[Path]:
+    names = sorted({*named.values()}) or ["model.safetensors"]
     for name in names:
         if not (folder / name).is_file():
             raise ConfigError(f"it lacks {name}, and weights are read from safetensors files only. Add the file.")

@@ -7,23 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.config import ConfigError, LoadedConfig
-from common.config.sentences import blamed
-from common.data.model_config import head_dim, is_classifier, num_kv_heads, read_model_config
-from common.experiment import policy_folder
+from common.config import LoadedConfig
+from common.data.model_config import head_dim, num_kv_heads
+from common.experiment import policy_config, policy_folder
 
 
 def planned_model(loaded: LoadedConfig) -> dict[str, Any]:
     """The accepted config.json of `model.path`, of a folder without weights too. Raises ConfigError naming the key."""
-    path = loaded.config.model.path
-    folder = Path(os.path.expanduser(path))
+    folder = Path(os.path.expanduser(loaded.config.model.path))
     if not (folder / "config.json").is_file():
         folder = policy_folder(loaded)
-    with blamed("model.path", path, loaded.origin):
-        hf = read_model_config(folder)
-        if is_classifier(hf):
-            raise ConfigError("has a classification head and cannot write. Choose a causal language model.")
-        return hf
+    return policy_config(loaded, folder)
 
 
 def forward_flops(hf: Mapping[str, Any], rows: int, tokens: int) -> float:

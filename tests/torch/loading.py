@@ -33,7 +33,7 @@ def main(model: str, out: str) -> None:
 
 def load(folder: Path) -> Whole:
     whole = Whole(empty_model(folder, torch.float32), "zero3", torch.float32)
-    whole.read(folder, CPU, torch.float32)
+    whole.read(folder, CPU)
     return whole
 
 
