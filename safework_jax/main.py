@@ -61,4 +61,6 @@ def _prepare(loaded: LoadedConfig) -> None:
 
 
 if __name__ == "__main__":
+    # Where torch is installed too, transformers would import it for its tokenizer, which takes two seconds.
+    sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
     sys.exit(run_verb(Engine(open_team, open_trainer, open_judge, open_plan), sys.argv[1:]))

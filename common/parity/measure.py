@@ -114,16 +114,17 @@ def _steps(trainer: ParityTrainer, recorded: list[TrainBatch], loss: LossConfig,
 
 
 def _curve(trainer: ParityTrainer, recorded: list[TrainBatch], loss: LossConfig, folder: Path) -> dict[str, Curve]:
-    """The replayed steps, with the states at half of them and after them saved for the relay; `start`: the same points
-    by the weights of the start, which tells how far the updates moved them.
+    """The replayed steps, with the states at half of them and after them saved for the relay, which a single step has
+    not; `start`: the same points by the weights of the start, which tells how far the updates moved them.
     """
     visited = [off_policy(batch) for batch in recorded]
-    half = _half(visited)
+    half = len(visited) // 2
     start = [_point(trainer, batch, loss) for batch in [*visited, visited[0]]]
-    replayed = replay(trainer, visited[:half], loss)
-    save(trainer, folder / "half")
-    replayed += replay(trainer, visited[half:], loss)
-    save(trainer, folder / "end")
+    replayed: Curve = []
+    for part, state in ((visited[:half], "half"), (visited[half:], "end")):
+        replayed += replay(trainer, part, loss)
+        if half:
+            save(trainer, folder / state)
     return {"start": start, "replayed": [*replayed, _point(trainer, visited[0], loss)]}
 
 
@@ -136,15 +137,10 @@ def relay(config: RunConfig, trainer: ParityTrainer, recording: Path, other: Pat
     visited = [off_policy(batch) for batch in batches(recording)]
     trainer.restore(other / "half")
     taken_over = _differing(trainer.snapshot(), other / "half")
-    replayed = replay(trainer, visited[_half(visited) :], config.loss)
+    replayed = replay(trainer, visited[len(visited) // 2 :], config.loss)
     state = save(trainer, folder / "relay")
     curve = [*replayed, _point(trainer, visited[0], config.loss)]
     (state / "relay.json").write_text(json.dumps({"differing": taken_over, "replayed": curve}, indent=1))
-
-
-def _half(visited: list[TrainBatch]) -> int:
-    """Of a single step, all of it: the state that is handed over must have moved."""
-    return (len(visited) + 1) // 2
 
 
 def replay(trainer: ParityTrainer, visited: list[TrainBatch], loss: LossConfig) -> Curve:

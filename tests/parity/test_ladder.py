@@ -53,7 +53,8 @@ def passed_certificate(file: Path, model: Path | str, num_batches: int) -> None:
     assert len(bytes.fromhex(certificate["recording_sha256"])) == hashlib.sha256().digest_size
     rungs = {rung["name"]: rung for rung in certificate["rungs"]}
     steps = tuple(f"{what} over {num_batches} replayed steps" for what in ("loss", "mean logprob"))
-    assert {*RUNGS, *steps, *RELAYS} <= rungs.keys()
+    assert {*RUNGS, *steps} <= rungs.keys()
+    assert rungs.keys() & {*RELAYS} == ({*RELAYS} if num_batches > 1 else set())  # half of one step is none
     for name, rung in rungs.items():
         assert rung["passed"] is True and 0 <= rung["figure"] <= rung["limit"], name
 
@@ -102,7 +103,6 @@ def test_a_certificate_that_cannot_be_written_comes_after_the_table(tmp_path: Pa
     assert f"error: {tmp_path}: could not be written (Is a directory)" in done.stderr
 
 
-@pytest.mark.slow
 def test_every_rung_passes_on_the_embedded_model_up_to_one_step(tmp_path: Path) -> None:
     files = [ROOT / "configs" / "data" / f"{name}.jsonl" for name in ("general_rule", "instruction_rule")]
     run = write_run(
@@ -113,9 +113,8 @@ def test_every_rung_passes_on_the_embedded_model_up_to_one_step(tmp_path: Path) 
         rollout={"prompts_per_step": 4, "group_size": 4, "max_new_tokens": 24},
         batch={"row_tokens": 144, "rows_per_microbatch": 2, "share_prompts": True},
     )
-    process = start(
-        "common.cli", "parity", run, "--steps", "1", "--out", tmp_path / "parity.json", TMPDIR=str(tmp_path)
-    )
+    words = (run, "--steps", "1", "--out", tmp_path / "parity.json")
+    process = start("common.cli", "parity", *words, TMPDIR=str(tmp_path), XLA_FLAGS="")
     out, error = process.communicate(timeout=1200)
     assert process.returncode == 0, out + error
     passed_certificate(tmp_path / "parity.json", embedded_model(), 1)
