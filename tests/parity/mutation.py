@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,24 +17,21 @@ from common.config import load_config
 from common.data.batching import TrainSequence, pack
 from common.parity.ladder import Rung, compare
 from safework_torch.main import open_trainer
+from tests import runs
 from tests.parity.inside_copy import WRONG_MODULE
 from tests.parity.mutants import Mutant
+from tests.parity.warm import ROOT, TREES, Warm
 from tests.tiny import SIZES, make_model
 
-ROOT = Path(__file__).parents[2]
-TREES = ("common", "safework_torch", "safework_jax", "tests")
 ALGORITHMS = "tests/common/algorithms"
 ENGINES = ("torch", "jax")
-DEADLINE = 300.0
-# One thread an engine, no bytecode of a mutant left behind, little optimisation of programs that run for milliseconds.
+DEADLINE = 300
+# No bytecode of a mutant is left behind.
 ENVIRONMENT = {
-    "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1",
-    "JAX_PLATFORMS": "cpu",
-    "OMP_NUM_THREADS": "1",
+    **runs.ENVIRONMENT,
     "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0",
+    "XLA_FLAGS": f"--xla_cpu_multi_thread_eigen=false {runs.SOON_COMPILED}",
 }
 
 
@@ -69,9 +64,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where copies are made, and what the engines are measured on: a model, a run file, a recording, gradients."""
+    """Where copies are made, what runs their code, and what the engines are measured on: a model, a run file, a
+    recording, gradients.
+    """
 
     folder: Path
+    warm: Warm
 
     @property
     def recording(self) -> Path:
@@ -107,7 +105,7 @@ class Bench:
         done = self.tests(tree, mutant.file, f"{ALGORITHMS}/{mutant.caught_by}")
         summary = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
         failed = re.match(r"\d+ failed", summary) is not None and "error" not in summary
-        return Verdict(done.returncode == 1 and failed, done.stdout + done.stderr)
+        return Verdict(done.returncode == 1 and failed, done.stdout)
 
     def tests(self, tree: Path, file: str, node: str) -> subprocess.CompletedProcess[str]:
         """Run a test of a copy in a process that has imported `file` from that copy."""
@@ -117,7 +115,7 @@ class Bench:
         """Measure an engine of a copy, after `file` was imported from that copy."""
         words = (self.recording, self.gradients, folder, self.run_file, f"backend.name={engine}")
         done = self._run(tree, file, "measure", engine, *words)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == 0, done.stdout
 
     def rungs(self, engine: str, measured: Path) -> list[Rung]:
         """The ladder between one engine's measurement and that of the other engine without bugs."""
@@ -126,22 +124,14 @@ class Bench:
         return compare(config, self.recording, folders["torch"], folders["jax"])
 
     def _run(self, tree: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.parity.inside_copy", *map(str, words)],
-            cwd=tree,
-            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(tree)},
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE,
-            check=False,
-        )
-        assert done.returncode != WRONG_MODULE, done.stderr
+        done = self.warm.run(tree, list(map(str, words)), DEADLINE)
+        assert done.returncode != WRONG_MODULE, done.stdout
         return done
 
 
-def make_bench(folder: Path) -> Bench:
+def make_bench(folder: Path, warm: Warm) -> Bench:
     """A tiny Qwen3, two recorded batches of packed rows with shared prompts, and gradients for the optimizers."""
-    bench = Bench(folder)
+    bench = Bench(folder, warm)
     model = make_model(folder / "model", "qwen3")
     tables = {
         "run": {"dir": str(folder / "run"), "steps": 2},

@@ -7,30 +7,33 @@ The engines without bugs are measured once; a bug costs one further measurement.
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 
 import pytest
 
 from tests.parity.engine_mutants import ENGINE_MUTANTS
 from tests.parity.mutants import ALGORITHM_MUTANTS, Mutant
-from tests.parity.mutation import ALGORITHMS, ENGINES, Bench, copy_tree, make_bench, mutated_text
+from tests.parity.mutation import ALGORITHMS, ENGINES, ENVIRONMENT, Bench, copy_tree, make_bench, mutated_text
+from tests.parity.warm import warmed
 
 MUTANTS = (*ALGORITHM_MUTANTS, *ENGINE_MUTANTS)
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """The recording, and both engines' measurements of it from copies without bugs."""
-    made = make_bench(tmp_path_factory.mktemp("mutations"))
-    for engine in ENGINES:
-        tree = copy_tree(made.folder / f"tree-{engine}", None)
-        made.measure(tree, f"safework_{engine}/trainer.py", engine, made.measurement(engine))
-    return made
+    with warmed(**ENVIRONMENT) as warm:
+        made = make_bench(tmp_path_factory.mktemp("mutations"), warm)
+        for engine in ENGINES:
+            tree = copy_tree(made.folder / f"tree-{engine}", None)
+            made.measure(tree, f"safework_{engine}/trainer.py", engine, made.measurement(engine))
+        yield made
 
 
 def test_a_copy_without_bugs_passes_every_test_of_the_algorithms(bench: Bench) -> None:
     tree = copy_tree(bench.folder / "tree-common", None)
     done = bench.tests(tree, "common/algorithms/losses.py", ALGORITHMS)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout
 
 
 def test_engines_without_bugs_pass_every_rung(bench: Bench) -> None:
