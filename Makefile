@@ -10,9 +10,9 @@ quickstart: .venv-$(BACKEND)/ready
 	.venv-$(BACKEND)/bin/safework train configs/quickstart.yaml \
 	    backend.name=$(BACKEND) run.dir=runs/quickstart-$(BACKEND) $(ARGS)
 
-# All tests, style, types and import contracts.
+# All tests, style, types and import contracts. A file's tests stay in one process, so that what they share is made once.
 test: lint
-	OMP_NUM_THREADS=1 .venv-dev/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 .venv-dev/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Judges against a real vLLM on CPU; some ten minutes, and the environment of vLLM comes first.
 test-engines: .venv-dev/ready vllm-cpu

@@ -9,11 +9,14 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+_START_ENGINES = {"e2e", "jax", "launch", "parity", "torch"}
 _COMPILED = pytest.StashKey[TemporaryDirectory[str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Give this process and all that it starts one cache. Called before any test file imports JAX."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return  # the workers share that of the process that started them
     config.stash[_COMPILED] = TemporaryDirectory(prefix="safework-xla-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = config.stash[_COMPILED].name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -21,10 +24,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes minutes goes first: last, it would leave one core idle."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Files that start engines go first: a long one among the last would leave one core idle."""
+    items.sort(key=lambda item: item.path.parent.name not in _START_ENGINES)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Remove the cache."""
-    config.stash[_COMPILED].cleanup()
+    if _COMPILED in config.stash:
+        config.stash[_COMPILED].cleanup()

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.jax.many_devices import MESHES
+from tests.runs import SOON_COMPILED
 from tests.teams import finished, started
 from tests.tiny import make_model
 from tests.trainer_contract import assert_close_gradients
@@ -33,7 +34,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_file = write_run(folder, model, backend={"name": "jax", "threads": 0})
     dump = f"--xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*accumulate.* --xla_dump_to={folder / 'hlo'}"
     for where, count in PROCESSES.items():
-        flags = f"--xla_force_host_platform_device_count={8 // count} {dump if count == 1 else ''}"
+        flags = f"{SOON_COMPILED} --xla_force_host_platform_device_count={8 // count} {dump if count == 1 else ''}"
         words = (run_file, model, folder / where, *MESHES_OF[where])
         with started(count, "tests.jax.many_devices", *words, XLA_FLAGS=flags) as processes:
             for done in finished(processes):
