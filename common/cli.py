@@ -229,7 +229,7 @@ def _parity(arguments: argparse.Namespace) -> int:
             _run_engine(engine, "relay", str(recording), str(folder / other), str(folder / engine), *arguments.config)
         rungs = compare(config, recording, folder / "torch", folder / "jax")
         if relays:
-            rungs += compare_relays(folder / "torch", folder / "jax")
+            rungs += compare_relays(config, folder / "torch", folder / "jax")
         written = json.dumps(certificate(config, recording, rungs), indent=1) + "\n"
     console.print(table(rungs))
     try:

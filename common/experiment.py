@@ -13,6 +13,7 @@ from common.config.run import DataSource
 from common.config.sentences import blamed, sentence
 from common.data.chat import Chat
 from common.data.dataset import LoadedSource, Mixture, load_source
+from common.data.frozen import refuse_unfit
 from common.data.model_config import is_classifier, read_model_config
 from common.data.model_folder import model_folder
 from common.rewards.recipe import Recipe
@@ -102,12 +103,16 @@ def policy_folder(loaded: LoadedConfig) -> Path:
 
 
 def policy_config(loaded: LoadedConfig, folder: Path) -> dict[str, Any]:
-    """The accepted config.json of the policy's folder. Raises ConfigError for a model that cannot write."""
+    """The accepted config.json of the policy's folder. Raises ConfigError for a model that cannot write, and for
+    patterns of frozen tensors that do not fit it.
+    """
     with blamed("model.path", loaded.config.model.path, loaded.origin):
         hf = read_model_config(folder)
         if is_classifier(hf):
             raise ConfigError("has a classification head and cannot write. Choose a causal language model.")
-        return hf
+    with blamed("model.frozen", loaded.config.model.frozen, loaded.origin):
+        refuse_unfit(hf, loaded.config.model.frozen)
+    return hf
 
 
 def open_chat(loaded: LoadedConfig, policy: Path) -> Chat:

@@ -11,45 +11,61 @@ import jax
 import numpy as np
 import optax
 
-from common.state_files import SavedState, open_state, whole
+from common.state_files import open_state, whole
 from common.types import Kind, Piece, TrainingState
+from safework_jax.frozen import Frozen
 from safework_jax.model import read_parameter
 from safework_jax.models.decoder.names import is_stacked, tensor_names
 from safework_jax.optimizer import Average, step_count
 from safework_jax.sharding import host, parameter_path, place
 
 
-def named(tree: Any, num_layers: int) -> dict[str, np.ndarray]:
-    """A parameter-shaped tree as host arrays under Hugging Face names, without copies where the device is the host."""
+def named(tree: Any, frozen: Frozen) -> dict[str, np.ndarray]:
+    """A tree like the trained parameters as host arrays under the Hugging Face names of what is trained, without copies
+    where the device is the host.
+    """
     arrays: dict[str, np.ndarray] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         text, found = parameter_path(path), host(leaf)
         parts = found if is_stacked(text) else [found]
-        arrays |= dict(zip(tensor_names(text, num_layers), parts, strict=True))
-    return arrays
+        arrays |= dict(zip(tensor_names(text, frozen.num_layers), parts, strict=True))
+    return {name: array for name, array in arrays.items() if name not in frozen.names}
 
 
-def stacked(arrays: Mapping[str, np.ndarray], like: Any, num_layers: int) -> Any:
-    """The inverse of `named`: a tree shaped and placed like `like`."""
+def stacked(arrays: Mapping[str, np.ndarray], like: Any, frozen: Frozen) -> Any:
+    """The inverse of `named`: a tree shaped and placed like `like`, zero at frozen layers."""
 
     def leaf(path: tuple[Any, ...], target: jax.Array) -> jax.Array:
         text = parameter_path(path)
-        parts = [arrays[name] for name in tensor_names(text, num_layers)]
-        return place(np.stack(parts) if is_stacked(text) else parts[0], target.sharding)
+        if not is_stacked(text):
+            [name] = tensor_names(text, frozen.num_layers)
+            return place(arrays[name], target.sharding)
+        whole = np.zeros(target.shape, target.dtype)
+        for layer, name in zip(whole, tensor_names(text, frozen.num_layers), strict=True):
+            if name not in frozen.names:
+                layer[...] = arrays[name]
+        return place(whole, target.sharding)
 
     return jax.tree_util.tree_map_with_path(leaf, like)
 
 
-def snapshot(params: Any, moments: optax.ScaleByAdamState, average: Average | None, num_layers: int) -> TrainingState:
-    """A copy of this process's shards of parameters, moments and average; none of a shard that a process before it has
-    too.
+def snapshot(params: Any, moments: optax.ScaleByAdamState, average: Average | None, frozen: Frozen) -> TrainingState:
+    """A copy of this process's shards of parameters, moments of what is trained, and average; none of a shard that a
+    process before it has too.
     """
-    kinds: dict[Kind, Any] = {"model": params, "first_moment": moments.mu, "second_moment": moments.nu}
+
+    def moment(tree: Any) -> dict[str, list[Piece]]:
+        pieces = _pieces(tree, frozen.num_layers)
+        return {name: own for name, own in pieces.items() if name not in frozen.names}
+
+    kinds: dict[Kind, dict[str, list[Piece]]] = {
+        "model": _pieces(params, frozen.num_layers),
+        "first_moment": moment(moments.mu),
+        "second_moment": moment(moments.nu),
+    }
     if average is not None:
-        kinds["ema"] = average.weights
-    return TrainingState(
-        {kind: _pieces(tree, num_layers) for kind, tree in kinds.items()}, int(np.asarray(moments.count))
-    )
+        kinds["ema"] = _pieces(average.weights, frozen.num_layers)
+    return TrainingState(kinds, int(np.asarray(moments.count)))
 
 
 def _pieces(tree: Any, num_layers: int) -> dict[str, list[Piece]]:
@@ -77,17 +93,28 @@ def _own_pieces(leaf: jax.Array) -> Iterator[Piece]:
 
 
 def restore_state(
-    params: Any, average: Average | None, num_layers: int, folder: Path
+    params: Any, average: Average | None, frozen: Frozen, folder: Path
 ) -> tuple[Any, optax.ScaleByAdamState]:
     """Parameters and moments out of a saved state, placed like `params`, and the average in its place; only what this
     process holds is read. Raises NotSaved where it cannot be.
     """
     with open_state(folder) as saved:
-        saved.refuse_other_shapes(_shapes(params, num_layers))
+        saved.refuse_other_shapes(_shapes(params, frozen.num_layers))
+
+        def read(like: Any, kind: Kind) -> Any:
+            return jax.tree_util.tree_map_with_path(
+                lambda path, leaf: read_parameter(parameter_path(path), leaf, frozen.num_layers, partial(part, kind)),
+                like,
+            )
+
+        def part(kind: Kind, name: str, part: tuple[slice, ...]) -> np.ndarray:
+            moment_of_nothing = kind.endswith("moment") and name in frozen.names
+            return np.zeros((), np.float32) if moment_of_nothing else saved.read(kind, name, part)
+
         if average is not None:
-            average.weights = _read(params, "ema" if "ema" in saved.kinds else "model", num_layers, saved)
-        trees = [_read(params, kind, num_layers, saved) for kind in ("model", "first_moment", "second_moment")]
-        return trees[0], optax.ScaleByAdamState(step_count(params, saved.optimizer_steps), *trees[1:])
+            average.weights = read(params, "ema" if "ema" in saved.kinds else "model")
+        moments = [read(frozen.trained(params), kind) for kind in ("first_moment", "second_moment")]
+        return read(params, "model"), optax.ScaleByAdamState(step_count(params, saved.optimizer_steps), *moments)
 
 
 def _shapes(params: Any, num_layers: int) -> dict[str, tuple[int, ...]]:
@@ -97,9 +124,3 @@ def _shapes(params: Any, num_layers: int) -> dict[str, tuple[int, ...]]:
         shape = leaf.shape[1:] if is_stacked(text) else leaf.shape
         shapes |= dict.fromkeys(tensor_names(text, num_layers), shape)
     return shapes
-
-
-def _read(like: Any, kind: Kind, num_layers: int, saved: SavedState) -> Any:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: read_parameter(parameter_path(path), leaf, num_layers, partial(saved.read, kind)), like
-    )

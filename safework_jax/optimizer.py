@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from common.config.method import OptimizerConfig
+from safework_jax.frozen import Frozen
 from safework_jax.models.decoder.names import is_stacked
 from safework_jax.sharding import mesh_of, parameter_path, place, placed_like_parameters
 
@@ -50,22 +51,29 @@ def step(
     gradients: Any,
     norm: jax.Array,
     rate: jax.Array | float,
+    frozen: Frozen,
 ) -> tuple[Any, optax.ScaleByAdamState]:
     """Scale gradients of global norm `norm` down to `clip_norm` if they exceed it, then one AdamW step at `rate`.
 
-    Parameters and moments stay where the parameters lie; `params` and `moments` are given up.
+    params, moments, gradients: of what is trained. Parameters and moments stay where the parameters lie; `params` and
+    `moments` are given up.
     """
-    return _step(config, mesh_of(params), params, moments, gradients, norm, rate)
+    return _step(config, mesh_of(params), params, moments, gradients, norm, rate, frozen)
 
 
 def lower_step(
-    config: OptimizerConfig, params: Any, moments: optax.ScaleByAdamState, gradients: Any, number: jax.ShapeDtypeStruct
+    config: OptimizerConfig,
+    params: Any,
+    moments: optax.ScaleByAdamState,
+    gradients: Any,
+    number: jax.ShapeDtypeStruct,
+    frozen: Frozen,
 ) -> jax.stages.Lowered:
     """`step` for shapes that say where they lie, not yet compiled; `number` is the shape of norm and rate."""
-    return _step.lower(config, mesh_of(params), params, moments, gradients, number, number)
+    return _step.lower(config, mesh_of(params), params, moments, gradients, number, number, frozen)
 
 
-@partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("params", "moments"))
+@partial(jax.jit, static_argnames=("config", "mesh", "frozen"), donate_argnames=("params", "moments"))
 def _step(
     config: OptimizerConfig,
     mesh: Mesh | None,
@@ -74,6 +82,7 @@ def _step(
     gradients: Any,
     norm: jax.Array,
     rate: jax.Array | float,
+    frozen: Frozen,
 ) -> tuple[Any, optax.ScaleByAdamState]:
     scale = jnp.where(norm > config.clip_norm, config.clip_norm / norm, 1.0)
     gradients = jax.tree.map(lambda gradient: gradient * scale, gradients)
@@ -82,6 +91,7 @@ def _step(
     direction, after = adam.update(gradients, moments)
     direction, _ = decay.update(direction, decay.init(params), params)
     assert isinstance(after, optax.ScaleByAdamState)
+    direction = frozen.zeroed(direction)  # nor do frozen layers decay
     params = jax.tree.map(lambda parameter, change: parameter - rate * change, params, direction)
     params, mu, nu = (placed_like_parameters(tree, mesh) for tree in (params, after.mu, after.nu))
     return params, after._replace(mu=mu, nu=nu)

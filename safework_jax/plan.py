@@ -16,7 +16,7 @@ from jax import sharding as placing
 from jax.experimental import topologies
 
 from common.config import ConfigError, LoadedConfig, RunConfig
-from common.plan.model import forward_flops, planned_model
+from common.plan.model import forward_flops, frozen_notes, planned_model
 from common.plan.report import Plan, ProgramPlan, smallest_change
 from common.plan.target import Target
 from common.trainer import Sampling
@@ -62,7 +62,9 @@ def plan(loaded: LoadedConfig, target: Target, parts: tuple[str, ...]) -> Plan:
     hf = planned_model(loaded)
     job = _Job(loaded.config, mesh, hf, DecoderConfig.from_hf(hf), _chips(target), target, parts)
     found = _compiled(job)
-    return found if found.fits else found._replace(notes=(smallest_change(_changes(job), _compiled, "compiled"),))
+    if found.fits:
+        return found
+    return found._replace(notes=(smallest_change(_changes(job), _compiled, "compiled"), *found.notes))
 
 
 def _chips(target: Target) -> list[Any]:
@@ -84,8 +86,9 @@ def _compiled(job: _Job) -> Plan:
     mesh = mesh_over(job.devices, job.mesh)
     program = programs.program_for(job.config, job.model, mesh)
     params = _params(job.model, mesh)
-    weights, batch = _bytes(params), _bytes(_rows(job.config, mesh))
-    kinds = {"parameters": weights, "moments": 2 * weights, "gradients": weights, "rows of a micro-batch": batch}
+    weights, trained = _bytes(params), _bytes(program.frozen.trained(params))
+    batch = _bytes(_rows(job.config, mesh))
+    kinds = {"parameters": weights, "moments": 2 * trained, "gradients": trained, "rows of a micro-batch": batch}
     if job.config.loss.kl_coef:
         kinds["reference"] = weights
     if job.config.ema.decay is not None:
@@ -104,7 +107,7 @@ def _compiled(job: _Job) -> Plan:
                 name,
                 memory.argument_size_in_bytes,
                 memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
-                held * weights + besides,
+                held + besides,
                 work / job.target.num_chips,
                 text.sent_by_axis(),
                 least,
@@ -113,41 +116,46 @@ def _compiled(job: _Job) -> Plan:
                 seconds,
             )
         )
-    return Plan(job.target, kinds, tuple(found))
+    return Plan(job.target, kinds, tuple(found), frozen_notes(job.config))
 
 
 def _lowered(
     job: _Job, program: programs.Program, params: Params, mesh: placing.Mesh
 ) -> Iterator[tuple[str, int, float, Callable[[], Any]]]:
-    """(name, parameter-sized trees held besides its arguments, flops, compile) of each program that is asked for."""
+    """(name, bytes held besides its arguments, flops, compile) of each program that is asked for."""
+    trained = program.frozen.trained(params)
+    moment = _bytes(trained)
     config, rows = job.config, _rows(job.config, mesh)
     forward = forward_flops(job.hf, config.batch.rows_per_microbatch, config.batch.row_tokens)
     again = {"none": 0, "dots": 0, "full": 1}[program.recompute]
     if "update" in job.parts:
-        accumulate = programs.accumulate.lower(params, params, rows, program)
-        yield "update: a micro-batch", 2, (3 + again) * forward, accumulate.compile
+        accumulate = programs.accumulate.lower(params, trained, rows, program)
+        yield "update: a micro-batch", 2 * moment, (3 + again) * forward, accumulate.compile
         count: Any = _shape((), jnp.int32, mesh)
-        moments = optax.ScaleByAdamState(count, params, params)
+        moments = optax.ScaleByAdamState(count, trained, trained)
         number = _shape((), jnp.float32, mesh)
-        step = optimizer.lower_step(config.optimizer, params, moments, params, number)
-        yield "update: AdamW", 0, 0.0, step.compile
+        step = optimizer.lower_step(config.optimizer, trained, moments, trained, number, program.frozen)
+        yield "update: AdamW", _bytes(params) - moment, 0.0, step.compile
     if "logprobs" in job.parts:
-        yield "logprobs", 2, forward, programs.logprobs.lower(params, rows, program).compile
+        yield "logprobs", 2 * moment, forward, programs.logprobs.lower(params, rows, program).compile
     if "sampling" in job.parts:
-        yield from _sampling(job, program.decoding, params, mesh)
+        for name, work, compiled in _sampling(job, program.decoding, params, mesh):
+            yield name, 2 * moment, work, compiled
 
 
 def _sampling(
     job: _Job, decoding: sampling.Decoding, params: Params, mesh: placing.Mesh
-) -> Iterator[tuple[str, int, float, Callable[[], Any]]]:
-    """The embedded sampler's: the prompts of `rollout.rows` responses, and one token for each."""
+) -> Iterator[tuple[str, float, Callable[[], Any]]]:
+    """(name, flops, compile) of the embedded sampler's programs: the prompts of `rollout.rows` responses, and one token
+    for each.
+    """
     rollout, model = job.config.rollout, job.model
     count = sampling.row_count(rollout.rows)
     num_prompts = 1 << (-(-rollout.rows // rollout.group_size) - 1).bit_length()
     slots = -(-job.config.data.max_prompt_tokens // sampling.PROMPT_STEP) * sampling.PROMPT_STEP
     prompts = _shape((num_prompts, slots), jnp.int32, mesh), _shape((num_prompts,), jnp.int32, mesh)
     reading = sampling.read_prompts.lower(params, *prompts, decoding)
-    yield "sampling: prompts", 2, forward_flops(job.hf, num_prompts, slots), reading.compile
+    yield "sampling: prompts", forward_flops(job.hf, num_prompts, slots), reading.compile
     numbers = [_shape((count,), dtype, mesh) for dtype in (jnp.int32, jnp.int32, jnp.float32)]
     shape = (count, model.num_kv_heads, slots + rollout.max_new_tokens, model.head_dim)
     cache: Any = jax.eval_shape(lambda: jnp.zeros(shape, decoding.dtype))
@@ -162,7 +170,7 @@ def _sampling(
     advance = sampling.advance.lower(
         params, layers, chosen, positions, model.num_layers * (one,), uniforms, decoding=decoding, sampling=rule
     )
-    yield "sampling: a token", 2, forward_flops(job.hf, count, 1), advance.compile
+    yield "sampling: a token", forward_flops(job.hf, count, 1), advance.compile
 
 
 def _changes(job: _Job) -> Iterator[tuple[str, _Job]]:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from common.algorithms.objective import Sums, TokenArrays, objective
 from common.config import LossConfig, RunConfig
+from safework_jax.frozen import Frozen
 from safework_jax.layout import Layout, layout_on
 from safework_jax.models.decoder.config import DecoderConfig
 from safework_jax.models.decoder.text import Params, Remat, head_weight, hidden_states
@@ -34,6 +35,7 @@ class Program(NamedTuple):
     recompute: Remat
     dtype: jnp.dtype
     layout: Layout
+    frozen: Frozen
 
     def for_rows(self, segment_ids: np.ndarray) -> Program:
         """The program for rows with these segments, int [B T]."""
@@ -49,7 +51,8 @@ def program_for(config: RunConfig, model: DecoderConfig, mesh: Mesh) -> Program:
     """The program of a config for a model on a mesh. Raises ConfigError for a mesh that its attention cannot use."""
     dtype = jnp.dtype(config.backend.dtype)
     layout = layout_on(mesh, model, dtype, config.batch.share_prompts)
-    return Program(model, config.loss, config.rollout.temperature, config.backend.recompute, dtype, layout)
+    frozen = Frozen.matching(config.model.frozen, model)
+    return Program(model, config.loss, config.rollout.temperature, config.backend.recompute, dtype, layout, frozen)
 
 
 @partial(jax.jit, static_argnames="program")
@@ -79,15 +82,17 @@ def no_gradients(params: Params, mesh: Mesh) -> Params:
 
 @partial(jax.jit, static_argnames="program", donate_argnames="gradients")
 def accumulate(params: Params, gradients: Params, rows: Arrays, program: Program) -> tuple[Params, jax.Array, Sums]:
-    """Add a micro-batch's gradient to `gradients`, which is given up; its loss and statistics, scalars."""
+    """Add a micro-batch's gradient, of what is trained, to `gradients`, which is given up; its loss and statistics,
+    scalars.
+    """
 
-    def loss_of(params: Params) -> tuple[jax.Array, Sums]:
-        found, entropy = logprobs(params, rows, program)
+    def loss_of(trained: Params) -> tuple[jax.Array, Sums]:
+        found, entropy = logprobs(program.frozen.completed(trained, params), rows, program)
         constants = TokenArrays(*(rows.get(name) for name in TokenArrays._fields))
         return objective(program.loss, found, entropy, constants)
 
-    (loss, sums), new = jax.value_and_grad(loss_of, has_aux=True)(params)
-    total = jax.tree.map(jnp.add, gradients, new)
+    (loss, sums), new = jax.value_and_grad(loss_of, has_aux=True)(program.frozen.trained(params))
+    total = jax.tree.map(jnp.add, gradients, program.frozen.zeroed(new))
     if program.layout.mesh is not None:
         total = placed_like_parameters(total, program.layout.mesh)
     return total, loss, sums

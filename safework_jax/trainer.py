@@ -25,7 +25,7 @@ from safework_jax.config import JaxSection
 from safework_jax.model import load_model
 from safework_jax.models.decoder.config import DecoderConfig
 from safework_jax.models.decoder.text import Params
-from safework_jax.programs import Arrays, Program, program_for
+from safework_jax.programs import Arrays, program_for
 from safework_jax.sampling import sample
 from safework_jax.sharding import host, make_mesh, parameter_sharding, place, rows_sharding
 
@@ -37,17 +37,18 @@ class JaxTrainer:
         self._config = config
         self._mesh = make_mesh(section.mesh)
         model, self._params = self._load(policy)
-        self._program = self._program_for(model)
+        self._program = program_for(config, model, self._mesh)
         self._reference = None if reference is None else self._load(reference)
-        self._moments = optimizer.init_moments(self._params)
+        self._moments = optimizer.init_moments(self._trained)
         rule = config.ema
         self._average = None if rule.decay is None else optimizer.Average(self._params, rule.decay, rule.every)
 
     def _load(self, folder: Path) -> tuple[DecoderConfig, Params]:
         return load_model(folder, jnp.float32, partial(parameter_sharding, mesh=self._mesh))
 
-    def _program_for(self, model: DecoderConfig) -> Program:
-        return program_for(self._config, model, self._mesh)
+    @property
+    def _trained(self) -> Params:
+        return self._program.frozen.trained(self._params)
 
     def update(self, batch: TrainBatch, learning_rate: float) -> dict[str, float]:
         """One optimizer step; see PolicyTrainer. Host and devices exchange only what is sent or asked for in so many
@@ -63,16 +64,18 @@ class JaxTrainer:
 
     def _step(self, gradients: Params, norm: jax.Array, learning_rate: float) -> None:
         rate = place(np.array(learning_rate, np.float32), norm.sharding)
-        self._params, self._moments = optimizer.step(
-            self._config.optimizer, self._params, self._moments, gradients, norm, rate
+        frozen = self._program.frozen
+        trained, self._moments = optimizer.step(
+            self._config.optimizer, self._trained, self._moments, gradients, norm, rate, frozen
         )
+        self._params = frozen.completed(trained, self._params)
         if self._average is not None:
             self._average.follow(self._params, int(jax.device_get(self._moments.count)))
 
     def _accumulate(self, batch: TrainBatch, loss_config: LossConfig) -> tuple[float, Sums, Params]:
         """The loss over the whole batch, its statistics as floats, and its gradient."""
         program = self._program._replace(loss=loss_config).for_rows(batch.segment_ids)
-        gradients = programs.no_gradients(self._params, self._mesh)
+        gradients = programs.no_gradients(self._trained, self._mesh)
         parts = []
         for rows in self._microbatches(batch):
             gradients, *part = programs.accumulate(self._params, gradients, rows, program)
@@ -86,7 +89,8 @@ class JaxTrainer:
         program, params = self._program, self._params
         if which == "reference":
             assert self._reference is not None, "loss.kl_coef is 0, so no reference was loaded"
-            program, params = self._program_for(self._reference[0]), self._reference[1]
+            model, params = self._reference
+            program = program_for(self._config, model, self._mesh)
         program = program.for_rows(batch.segment_ids)
         parts = [programs.logprobs(params, rows, program)[0] for rows in self._microbatches(batch)]
         return np.concatenate([host(part) for part in parts])
@@ -105,7 +109,7 @@ class JaxTrainer:
     def named_gradients(self, batch: TrainBatch, loss: LossConfig) -> tuple[float, dict[str, np.ndarray]]:
         """Loss and gradient by Hugging Face name; see ParityTrainer."""
         value, _, gradients = self._accumulate(batch, loss)
-        return value, named(gradients, self._program.model.num_layers)
+        return value, named(gradients, self._program.frozen)
 
     def loss_gradient(self, batch: TrainBatch, loss: LossConfig, logprobs: np.ndarray) -> tuple[float, np.ndarray]:
         """The objective at given logprobs and its gradient; see ParityTrainer."""
@@ -119,7 +123,7 @@ class JaxTrainer:
 
     def apply_gradients(self, gradients: Mapping[str, np.ndarray], learning_rate: float) -> None:
         """One optimizer step from given gradients; see ParityTrainer."""
-        tree = stacked(gradients, self._params, self._program.model.num_layers)
+        tree = stacked(gradients, self._trained, self._program.frozen)
         self._step(tree, optimizer.global_norm(tree), learning_rate)
 
     @contextmanager
@@ -134,12 +138,11 @@ class JaxTrainer:
 
     def snapshot(self) -> TrainingState:
         """Parameters, moments and average; see PolicyTrainer."""
-        return snapshot(self._params, self._moments, self._average, self._program.model.num_layers)
+        return snapshot(self._params, self._moments, self._average, self._program.frozen)
 
     def restore(self, directory: Path) -> None:
         """What either engine has saved; see PolicyTrainer."""
-        num_layers = self._program.model.num_layers
-        self._params, self._moments = restore_state(self._params, self._average, num_layers, directory)
+        self._params, self._moments = restore_state(self._params, self._average, self._program.frozen, directory)
 
     def peak_memory_gib(self) -> float:
         """Peak of the device allocator, or of resident memory on a CPU."""

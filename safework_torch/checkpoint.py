@@ -14,17 +14,19 @@ from safework_torch.optimizer import AdamW, Average
 from safework_torch.sharding import is_first_copy, local, own_part
 
 
-def snapshot(optimizer: AdamW, average: Average | None) -> TrainingState:
+def snapshot(weights: Mapping[str, Tensor], optimizer: AdamW, average: Average | None) -> TrainingState:
     """A copy of this process's shards of parameters, moments and average; none of a shard that a process before it has
     too.
     """
-    kinds = _kinds(optimizer, average)
+    kinds = _kinds(weights, optimizer, average)
     return TrainingState({kind: _pieces(tensors) for kind, tensors in kinds.items()}, optimizer.steps)
 
 
-def _kinds(optimizer: AdamW, average: Average | None) -> dict[Kind, Mapping[str, Tensor]]:
+def _kinds(
+    weights: Mapping[str, Tensor], optimizer: AdamW, average: Average | None
+) -> dict[Kind, Mapping[str, Tensor]]:
     kinds: dict[Kind, Mapping[str, Tensor]] = {
-        "model": optimizer.named,
+        "model": weights,
         "first_moment": optimizer.first_moment,
         "second_moment": optimizer.second_moment,
     }
@@ -41,11 +43,11 @@ def _pieces(tensors: Mapping[str, Tensor]) -> dict[str, list[Piece]]:
 
 
 @torch.no_grad()
-def restore_state(optimizer: AdamW, average: Average | None, folder: Path) -> None:
+def restore_state(weights: Mapping[str, Tensor], optimizer: AdamW, average: Average | None, folder: Path) -> None:
     """Read the parts of a saved state that this process holds. Raises NotSaved where it cannot be read."""
     with open_state(folder) as saved:
-        saved.refuse_other_shapes({name: tuple(weight.shape) for name, weight in optimizer.named.items()})
-        for kind, tensors in _kinds(optimizer, average).items():
+        saved.refuse_other_shapes({name: tuple(weight.shape) for name, weight in weights.items()})
+        for kind, tensors in _kinds(weights, optimizer, average).items():
             _fill(tensors, kind if kind in saved.kinds else "model", saved)
         optimizer.steps = saved.optimizer_steps
 

@@ -6,7 +6,7 @@ how many tokens were sampled, waits for all that it still does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from common.data.frozen import frozen_names
 from common.data.model_config import is_classifier
 from common.data.model_weights import checked_model
 from common.types import TrainBatch
@@ -106,6 +107,13 @@ def model_without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> PreTr
     rotary.forward = partial(_rotation, rotary.forward)
     model.model.rotary_emb = rotary
     return model.train()
+
+
+def freeze(model: PreTrainedModel, patterns: Sequence[str]) -> None:
+    """Train all weights of a model but those whose names a pattern matches."""
+    named = dict(model.named_parameters())
+    for name in frozen_names(named, patterns):
+        named[name].requires_grad_(False)
 
 
 def _rotation(rotation_at: Callable[..., Rotation], x: Tensor, position_ids: Tensor) -> Rotation:

@@ -145,5 +145,5 @@ class Average:
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None, "every parameter takes part in every update"
+    assert parameter.grad is not None, "every trained parameter takes part in every update"
     return parameter.grad

@@ -15,12 +15,12 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from common.config import ConfigError, LoadedConfig, RunConfig
 from common.config.sentences import sentence
 from common.data.model_config import head_dim, layer_windows, num_kv_heads
-from common.plan.model import forward_flops, planned_model
+from common.plan.model import forward_flops, frozen_notes, planned_model
 from common.plan.report import Plan, ProgramPlan, smallest_change
 from common.plan.target import Target
 from safework_torch.compiled import Rows, layer_bytes
 from safework_torch.config import TorchSection
-from safework_torch.model import model_without_weights
+from safework_torch.model import freeze, model_without_weights
 from safework_torch.sharding import Whole, local
 from safework_torch.token_logprobs import CHUNK
 
@@ -49,12 +49,14 @@ class _Job(NamedTuple):
 
 
 class _Weights(NamedTuple):
-    """Numbers of weights: all, those that a GPU holds between updates, of one layer, of what is outside layers, and of
-    the matrix of the head.
+    """Numbers of weights: all, those that a GPU holds between updates, those of each that are trained, of one layer, of
+    what is outside layers, and of the matrix of the head.
     """
 
     all: int
     own: int
+    trained: int
+    own_trained: int
     layer: int
     outside: int
     head: int
@@ -94,7 +96,7 @@ def plan(loaded: LoadedConfig, target: Target, parts: tuple[str, ...]) -> Plan:
 def _counted(job: _Job) -> Plan:
     """Each part of the job, and what lies on a GPU all the time."""
     weights, config = _weights(job), job.config
-    kinds = {"parameters, fp32": 4 * weights.own, "moments": 8 * weights.own}
+    kinds = {"parameters, fp32": 4 * weights.own, "moments": 8 * weights.own_trained}
     if job.target.num_chips == 1:
         kinds["parameters, bf16"] = _WIDTH * weights.own
     if config.ema.decay is not None:
@@ -115,7 +117,7 @@ def _counted(job: _Job) -> Plan:
         "Counted, not compiled: responses as long as they may become, two micro-batches or more, a reference of the "
         "policy's size, no time but the floor."
     )
-    return Plan(job.target, kinds, tuple(programs), (note,))
+    return Plan(job.target, kinds, tuple(programs), (note, *frozen_notes(config)))
 
 
 _Found = tuple[int, float, dict[str, int]]  # temporaries, FLOP of all GPUs, bytes sent
@@ -126,9 +128,12 @@ def _weights(job: _Job) -> _Weights:
     everything = sum(weight.numel() for weight in model.parameters())
     layer = sum(weight.numel() for weight in model.model.layers[0].parameters())
     head = job.model.vocab_size * job.model.hidden_size
-    whole = Whole(model, job.section.sharding, _DTYPE)
-    own = sum(local(weight).numel() for weight in whole.model.parameters())
-    return _Weights(everything, own, layer, everything - layer * job.model.num_hidden_layers, head)
+    outside = everything - layer * job.model.num_hidden_layers
+    freeze(model, job.config.model.frozen)
+    own = [(weight, local(weight).numel()) for weight in Whole(model, job.section.sharding, _DTYPE).model.parameters()]
+    trained = sum(weight.numel() for weight, _ in own if weight.requires_grad)
+    own_trained = sum(count for weight, count in own if weight.requires_grad)
+    return _Weights(everything, sum(count for _, count in own), trained, own_trained, layer, outside, head)
 
 
 def _update(job: _Job, weights: _Weights) -> _Found:
@@ -150,8 +155,8 @@ def _update(job: _Job, weights: _Weights) -> _Found:
 def _gradients(job: _Job, weights: _Weights) -> int:
     """Of the micro-batches before, fp32: whole under zero1, or else where the weights are."""
     if job.target.num_chips > 1 and job.section.sharding == "zero1":
-        return 4 * weights.all
-    return 4 * weights.own
+        return 4 * weights.trained
+    return 4 * weights.own_trained
 
 
 def _gathered(job: _Job, weights: _Weights) -> int:

@@ -62,7 +62,7 @@ class Whole(nn.Module):
         named = dict(self.model.named_parameters())
         if self._modules_in_shards or all(weight.dtype == self._dtype for weight in named.values()):
             return named
-        masters = {name: nn.Parameter(copy.data) for name, copy in named.items()}
+        masters = {name: nn.Parameter(copy.data, copy.requires_grad) for name, copy in named.items()}
         for copy in named.values():
             copy.data = copy.data.to(self._dtype)
         self._copies_of_masters = [*named.values()]
@@ -108,7 +108,9 @@ class Whole(nn.Module):
     def end_microbatch(self) -> None:
         """Add the gradients of copies, which are complete for this micro-batch, to those of their masters."""
         for copy, master in zip(self._copies_of_masters, self.masters.values(), strict=False):
-            assert copy.grad is not None, "every parameter takes part in every update"
+            if not copy.requires_grad:
+                continue
+            assert copy.grad is not None, "every trained parameter takes part in every update"
             if master.grad is None:
                 master.grad = copy.grad.to(master.dtype)
             else:

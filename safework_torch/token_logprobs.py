@@ -40,15 +40,16 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _entropy_grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, targets, normalisers, *kept = ctx.saved_tensors
         hidden_grad = torch.empty_like(hidden)
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for index, parts in enumerate(_chunks(hidden, targets, normalisers, grad, hidden_grad)):
             part, target, normaliser, upstream, out = parts
             logits = kept[index] if kept else part @ weight.T
             slope = _fused(_slope, hidden.device.type)(logits, target, normaliser, upstream, ctx.temperature)
             torch.mm(slope, weight, out=out)
-            weight_grad += _product(slope.T, part)
+            if weight_grad is not None:
+                weight_grad += _product(slope.T, part)
             del logits, slope
-        return hidden_grad, weight_grad.to(weight.dtype), None, None, None
+        return hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype), None, None, None
 
 
 def _chunks(*arrays: Tensor) -> Any:

@@ -22,7 +22,7 @@ from common.types import TrainBatch, TrainingState
 from safework_torch.attention import fast_kernels
 from safework_torch.checkpoint import restore_state, snapshot
 from safework_torch.config import TorchSection
-from safework_torch.model import Microbatch, empty_model, microbatch, packed_logprobs, prepare_layers
+from safework_torch.model import Microbatch, empty_model, freeze, microbatch, packed_logprobs, prepare_layers
 from safework_torch.optimizer import AdamW, Average
 from safework_torch.processes import gather_objects, gather_rows, own_rows
 from safework_torch.sampling import sample
@@ -45,15 +45,17 @@ class TorchTrainer:
             )
         self._dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.backend.dtype]
         model = empty_model(policy, torch.float32)
+        freeze(model, config.model.frozen)
         prepare_layers(model, config.backend.recompute, section.compile)
         self._policy = Whole(model, section.sharding, self._dtype)
         self._policy.read(policy, self._device)
         self._reference = None
         if reference is not None:
-            frozen = empty_model(reference, self._dtype).requires_grad_(False)
-            self._reference = Whole(frozen, section.sharding, self._dtype)
+            fixed = empty_model(reference, self._dtype).requires_grad_(False)
+            self._reference = Whole(fixed, section.sharding, self._dtype)
             self._reference.read(reference, self._device)
-        self._optimizer = AdamW(self._policy.masters, config.optimizer, self._policy.copies)
+        trained = {name: weight for name, weight in self._policy.masters.items() if weight.requires_grad}
+        self._optimizer = AdamW(trained, config.optimizer, self._policy.copies)
         rule = config.ema
         self._average = None if rule.decay is None else Average(self._policy.masters, rule.decay, rule.every)
 
@@ -161,11 +163,11 @@ class TorchTrainer:
 
     def snapshot(self) -> TrainingState:
         """Parameters, moments and average; see PolicyTrainer."""
-        return snapshot(self._optimizer, self._average)
+        return snapshot(self._policy.masters, self._optimizer, self._average)
 
     def restore(self, directory: Path) -> None:
         """What either engine has saved; see PolicyTrainer."""
-        restore_state(self._optimizer, self._average, directory)
+        restore_state(self._policy.masters, self._optimizer, self._average, directory)
         self._policy.follow_masters()
 
     def peak_memory_gib(self) -> float:

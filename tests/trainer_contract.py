@@ -4,7 +4,7 @@ optimizer, states that go on exactly, a reference that stays, and bfloat16 that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from common.config.method import LossConfig
 from common.data.batching import TrainSequence
 from common.parity.measure import ParityTrainer
+from common.state_files import open_state
 from common.trainer import NonFiniteUpdate
 from common.types import TrainBatch
 from tests.training import (
@@ -179,6 +181,42 @@ def check_save_and_restore(trainer: ParityTrainer, fresh: ParityTrainer, folder:
     assert_equal_states(trainer_states(fresh, batches[2:], folder / "resumed"), states[2:])
 
 
+def check_frozen(open_trainer: OpenTrainer, folder: Path) -> None:
+    """Frozen tensors have no gradient and no moments and stay what they are, decay included; the others are trained as
+    if all were; and a saved state goes on.
+
+    open_trainer: (patterns of frozen tensors) -> trainer, always of the same model of three layers.
+    """
+    batches = [packed(random_sequences(12, seed=seed), 32, 2) for seed in range(3)]
+    everything = open_trainer([]).named_gradients(batches[0], LossConfig())[1]
+    # Of a parameter that JAX stacks all layers, of the others one, and what no layer has.
+    patterns = ["model.embed_tokens.*", "*.mlp.up_proj.weight", "model.layers.1.*"]
+    frozen = {name for name in everything if "embed" in name or "up_proj" in name or ".1." in name}
+    trainer, again = open_trainer(patterns), open_trainer(patterns)
+    gradients = trainer.named_gradients(batches[0], LossConfig())[1]
+    assert_close_gradients(gradients, {name: array for name, array in everything.items() if name not in frozen})
+
+    folder.mkdir()
+    save(trainer, folder)
+    states = [saved_state(folder, frozen)]
+    for number, batch in enumerate(batches):
+        record = trainer.update(batch, 1e-2)
+        if number == 0:
+            norm = np.sqrt(sum((array.astype(np.float64) ** 2).sum() for array in gradients.values()))
+            assert record["grad_norm"] == pytest.approx(norm, rel=1e-5)
+        states.append(_saved(trainer, folder / str(number), frozen))
+    for name, array in states[0].items():
+        kind, tensor = name.split("/")
+        assert np.array_equal(array, states[1][name]) == (kind == "model" and tensor in frozen), name
+    with open_state(folder / "0") as saved, pytest.raises(SafetensorError):
+        saved.read("first_moment", min(frozen))
+
+    again.restore(folder / "1")
+    assert_equal_states([_saved(again, folder / "again", frozen)], states[2:3])
+    again.update(batches[2], 1e-2)
+    assert_equal_states([_saved(again, folder / "gone-on", frozen)], states[3:])
+
+
 def trainer_states(trainer: ParityTrainer, batches: Sequence[TrainBatch], folder: Path) -> list[dict[str, Any]]:
     """Update on each batch; the whole saved state after each, from `folder/0`, `folder/1`, ..."""
     states = []
@@ -188,10 +226,10 @@ def trainer_states(trainer: ParityTrainer, batches: Sequence[TrainBatch], folder
     return states
 
 
-def _saved(trainer: ParityTrainer, folder: Path) -> dict[str, np.ndarray]:
+def _saved(trainer: ParityTrainer, folder: Path, frozen: Collection[str] = ()) -> dict[str, np.ndarray]:
     folder.mkdir(parents=True)
     save(trainer, folder)
-    return saved_state(folder)
+    return saved_state(folder, frozen)
 
 
 def assert_equal_states(ours: Sequence[dict[str, np.ndarray]], theirs: Sequence[dict[str, np.ndarray]]) -> None:

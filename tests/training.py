@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def write_data(file: Path) -> Path:
     return file
 
 
-def write_run(folder: Path, model: Path, **sections: dict[str, Any]) -> Path:
+def write_run(folder: Path, model: Path, /, **sections: dict[str, Any]) -> Path:
     """A run file for a model folder; `sections` change single keys of its sections."""
     tables: dict[str, Any] = {
         "run": {"dir": str(folder / "run"), "steps": 20},
@@ -127,7 +127,12 @@ def save(trainer: PolicyTrainer, folder: Path) -> None:
     write_state(trainer.snapshot(), folder)
 
 
-def saved_state(folder: Path) -> dict[str, np.ndarray]:
-    """All arrays of a saved training state, by `kind/tensor`."""
+def saved_state(folder: Path, frozen: Collection[str] = ()) -> dict[str, np.ndarray]:
+    """All arrays of a saved training state, by `kind/tensor`; frozen: names of tensors that have no moments."""
     with open_state(folder) as saved:
-        return {f"{kind}/{name}": saved.read(kind, name) for kind in saved.kinds for name in saved.shapes}
+        return {
+            f"{kind}/{name}": saved.read(kind, name)
+            for kind in saved.kinds
+            for name in saved.shapes
+            if not (kind.endswith("moment") and name in frozen)
+        }

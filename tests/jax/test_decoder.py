@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from common.export import export_model
 from common.state_files import write_state
 from safework_jax.checkpoint import snapshot
+from safework_jax.frozen import Frozen
 from safework_jax.model import load_model
 from safework_jax.models.decoder import text
 from safework_jax.models.decoder.cache import decode, expand_cache, prefill, unstack_layers
@@ -205,7 +206,7 @@ def export(params: text.Params, source: Path, folder: Path, dtype: Literal["floa
     """Save a training state and export it, as a finished run does: folder/export."""
     state = folder / "state"
     state.mkdir()
-    write_state(snapshot(params, init_moments(params), None, SIZES["num_hidden_layers"]), state)
+    write_state(snapshot(params, init_moments(params), None, Frozen(frozenset(), SIZES["num_hidden_layers"])), state)
     export_model(state, source, folder / "export", dtype)
 
 

@@ -16,9 +16,11 @@ from common.config.method import OptimizerConfig
 from common.state_files import write_state
 from safework_jax import optimizer
 from safework_jax.checkpoint import restore_state, snapshot
+from safework_jax.frozen import Frozen
 from tests.adamw import CASES, Reference, assert_follows, lost_decay, random_parameters, random_steps
 
 LAYERS = 3
+ALL_TRAINED = Frozen(frozenset(), LAYERS)
 # Stacked parameters have a leading layer dimension: a stacked norm is [L D] and no matrix.
 SHAPES = {
     "embed.weight": (300, 260),
@@ -48,7 +50,9 @@ class Stepped:
 
     def step(self, gradients: Mapping[str, np.ndarray], rate: float) -> float:
         norm = optimizer.global_norm(tree(gradients))
-        self.params, self.moments = optimizer.step(self.config, self.params, self.moments, tree(gradients), norm, rate)
+        self.params, self.moments = optimizer.step(
+            self.config, self.params, self.moments, tree(gradients), norm, rate, ALL_TRAINED
+        )
         return float(norm)
 
 
@@ -107,8 +111,8 @@ def test_restored_equals_never_stopped(tmp_path: Path) -> None:
         whole.step(gradients, 1e-3)
     for gradients in steps[:4]:
         first.step(gradients, 1e-3)
-    write_state(snapshot(first.params, first.moments, None, LAYERS), tmp_path)
-    again.params, again.moments = restore_state(again.params, None, LAYERS, tmp_path)
+    write_state(snapshot(first.params, first.moments, None, ALL_TRAINED), tmp_path)
+    again.params, again.moments = restore_state(again.params, None, ALL_TRAINED, tmp_path)
     for gradients in steps[4:]:
         again.step(gradients, 1e-3)
     assert int(again.moments.count) == len(steps)

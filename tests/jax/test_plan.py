@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,17 @@ TARGET = read_target("v5e:2x2", 1)
 SHAPES = {**SIZES, "model_type": "qwen2", "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
-def planned(folder: Path, parts: tuple[str, ...], mesh: dict[str, int], rows: int, **shapes: int) -> Plan:
+def planned(
+    folder: Path, parts: tuple[str, ...], mesh: dict[str, int], rows: int, frozen: Sequence[str] = (), **shapes: int
+) -> Plan:
     """A plan of a model whose folder holds a config.json and nothing else."""
     model = folder / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps({**SHAPES, **shapes}))
     backend = {"name": "jax", "dtype": "bfloat16", "recompute": "full", "threads": 0, "jax": {"mesh": mesh}}
     batch = {"row_tokens": 256, "rows_per_microbatch": rows}
-    return open_plan(load_config([write_run(folder, model, backend=backend, batch=batch)]), TARGET, parts)
+    run_file = write_run(folder, model, backend=backend, batch=batch, model={"frozen": list(frozen)})
+    return open_plan(load_config([run_file]), TARGET, parts)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +68,19 @@ def test_a_chip_holds_its_part_of_what_lies_there(plan: Plan) -> None:
     update = plan.programs[0]
     assert update.argument_bytes >= 2 * plan.kinds["parameters"]
     assert update.resident_bytes == plan.kinds["moments"]
+
+
+def test_frozen_parameters_have_no_moments_and_no_gradients(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512}
+    plan = planned(tmp_path, ("update",), {"fsdp": 2, "tensor": 2}, 2, ["*.mlp.*"], **sizes)
+    frozen = 4 * 2 * 3 * 256 * 512 // 4  # bytes of a chip
+    assert plan.kinds["gradients"] == plan.kinds["parameters"] - frozen
+    assert plan.kinds["moments"] == 2 * plan.kinds["gradients"]
+    update, step = plan.programs
+    assert update.argument_bytes < 2 * plan.kinds["parameters"]
+    assert (update.resident_bytes, step.resident_bytes) == (plan.kinds["moments"], frozen)
+    assert step.argument_bytes == pytest.approx(4 * plan.kinds["gradients"], rel=0.01)
+    assert "with model.frozen it is less" in plan.notes[0]
 
 
 def test_weights_travel_once_forward_and_once_backward_and_gradients_once(plan: Plan) -> None:

@@ -151,8 +151,8 @@ _JAX = [
     Mutant(
         "jax averages micro-batches",
         "safework_jax/programs.py",
-        "jax.tree.map(jnp.add, gradients, new)",
-        "jax.tree.map(lambda held, fresh: (held + fresh) / 2, gradients, new)",
+        "jax.tree.map(jnp.add, gradients,",
+        "jax.tree.map(lambda held, fresh: (held + fresh) / 2, gradients,",
         "gradient norm ratio - 1, on-policy",
     ),
     Mutant(

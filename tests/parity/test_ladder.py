@@ -62,7 +62,8 @@ def passed_certificate(file: Path, model: Path | str, num_batches: int) -> None:
 @pytest.mark.parametrize("model_type", MODELS)
 def test_every_rung_passes_over_20_replayed_steps(model_type: str, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", model_type, **MODELS[model_type])
-    run = write_run(tmp_path, model, batch={"share_prompts": model_type == "llama"})
+    frozen = ["model.embed_tokens.*", "model.layers.1.*", "*.o_proj.weight"] if model_type == "qwen3" else []
+    run = write_run(tmp_path, model, batch={"share_prompts": model_type == "llama"}, model={"frozen": frozen})
     done = safework("parity", run, "--steps", "20", "--out", tmp_path / "parity.json")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "parity.json: passed" in "".join(done.stdout.split("\n"))
@@ -149,7 +150,7 @@ def failed(folder: Path, other: Path) -> set[str]:
 
 def compared(folder: Path, left: Path, right: Path) -> list[Rung]:
     """All rungs between two measurements."""
-    return [*compare(_config(folder), folder / "recording", left, right), *compare_relays(left, right)]
+    return [*compare(_config(folder), folder / "recording", left, right), *compare_relays(_config(folder), left, right)]
 
 
 def _config(folder: Path) -> Any:
@@ -308,6 +309,15 @@ def test_agreeing_to_do_nothing_is_no_proof(measured: Path, tmp_path: Path) -> N
     assert {rung.name for rung in rungs if not rung.passed} == {
         "update, same gradients",
         "second moment, same gradients",
+    }
+
+
+def test_what_is_frozen_must_not_move(measured: Path) -> None:
+    config = load_config([measured / "run.yaml"], [f"model.frozen=[{TENSOR}]"]).config
+    right = measured / "right"
+    rungs = [*compare(config, measured / "recording", right, right), *compare_relays(config, right, right)]
+    assert {(rung.name, rung.where) for rung in rungs if not rung.passed} == {
+        (name, TENSOR) for name in ("update, same gradients", "update, live gradients", "right then right, update")
     }
 
 

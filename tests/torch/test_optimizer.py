@@ -93,8 +93,8 @@ def test_restored_equals_never_stopped(tmp_path: Path) -> None:
         step(whole, gradients, 1e-3)
     for gradients in steps[:4]:
         step(first, gradients, 1e-3)
-    write_state(snapshot(first, None), tmp_path)
-    restore_state(again, None, tmp_path)
+    write_state(snapshot(first.named, first, None), tmp_path)
+    restore_state(again.named, again, None, tmp_path)
     for gradients in steps[4:]:
         step(again, gradients, 1e-3)
     assert again.steps == len(steps)

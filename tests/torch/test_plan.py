@@ -46,6 +46,7 @@ MEASURED = [
 def planned(folder: Path, shapes: dict[str, Any], target: str, parts: tuple[str, ...] = PARTS, **backend: Any) -> Plan:
     """A plan of a model whose folder holds a config.json and nothing else; `rows` of a micro-batch are 1,024 tokens."""
     rows, sharding, packed = backend.pop("rows", 16), backend.pop("sharding", "zero2"), backend.pop("packed", False)
+    frozen = backend.pop("frozen", [])
     model = folder / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(shapes))
@@ -56,6 +57,7 @@ def planned(folder: Path, shapes: dict[str, Any], target: str, parts: tuple[str,
         batch={"row_tokens": 1024, "rows_per_microbatch": rows, "packed": packed},
         data={"max_prompt_tokens": 256},
         rollout={"max_new_tokens": 768},
+        model={"frozen": frozen},
     )
     return open_plan(load_config([run_file]), read_target(target, 1), parts)
 
@@ -110,6 +112,19 @@ def test_a_gpu_holds_its_shards_and_sends_what_its_mode_sends(
     assert plan.programs[0].collective_bytes["fsdp"] == pytest.approx(
         0.75 * (gathered + sums * 4 * everything), rel=0.01
     )
+
+
+def test_frozen_weights_have_no_moments_and_no_gradients(tmp_path: Path) -> None:
+    plans = []
+    for name, frozen in (("all", []), ("some", ["model.layers.*"])):
+        (tmp_path / name).mkdir()
+        plans.append(planned(tmp_path / name, HALF_B, "h100:1", ("update",), recompute="full", frozen=frozen))
+    whole, some = plans
+    outside = QWEN["vocab_size"] * HALF_B["hidden_size"] + HALF_B["hidden_size"]
+    assert some.kinds == whole.kinds | {"moments": 8 * outside}
+    gradients = [plan.programs[0].temporary_bytes for plan in plans]
+    assert gradients[0] - gradients[1] == whole.kinds["parameters, fp32"] - 4 * outside
+    assert "with model.frozen it is less" in some.notes[1] and len(whole.notes) == 1
 
 
 def test_what_does_not_fit_comes_with_a_change_that_does(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tests.training import write_run
 KL_LOSS = {"kl_type": "k3_loss", "kl_coef": 0.1}
 
 
-def make_trainer(model: Path, reference: Path | None = None, **sections: dict[str, Any]) -> TorchTrainer:
+def make_trainer(model: Path, reference: Path | None = None, /, **sections: dict[str, Any]) -> TorchTrainer:
     sections["backend"] = {"threads": 0, **sections.get("backend", {})}
     return open_trainer(load_config([write_run(model.parent, model, **sections)]), model, reference)
 
@@ -44,6 +44,15 @@ def test_non_finite_updates_change_nothing(tmp_path: Path) -> None:
 def test_restored_goes_on_bit_for_bit(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     contract.check_save_and_restore(make_trainer(model), make_trainer(model), tmp_path)
+
+
+def test_frozen_tensors_stay_and_the_others_are_trained_as_ever(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+
+    def open_with(patterns: list[str]) -> TorchTrainer:
+        return make_trainer(model, model={"frozen": patterns}, optimizer={"learning_rate": 1e-5, "weight_decay": 0.1})
+
+    contract.check_frozen(open_with, tmp_path / "states")
 
 
 def test_reference_stays_what_it_was(tmp_path: Path) -> None:
