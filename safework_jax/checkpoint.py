@@ -93,10 +93,10 @@ def _own_pieces(leaf: jax.Array) -> Iterator[Piece]:
 
 
 def restore_state(
-    params: Any, average: Average | None, frozen: Frozen, folder: Path
+    params: Any, moments: optax.ScaleByAdamState, average: Average | None, frozen: Frozen, folder: Path
 ) -> tuple[Any, optax.ScaleByAdamState]:
-    """Parameters and moments out of a saved state, placed like `params`, and the average in its place; only what this
-    process holds is read. Raises NotSaved where it cannot be.
+    """Parameters and moments out of a saved state, placed like those given, and the average in its place; only what
+    this process holds is read. Raises NotSaved where it cannot be.
     """
     with open_state(folder) as saved:
         saved.refuse_other_shapes(_shapes(params, frozen.num_layers))
@@ -113,8 +113,9 @@ def restore_state(
 
         if average is not None:
             average.weights = read(params, "ema" if "ema" in saved.kinds else "model")
-        moments = [read(frozen.trained(params), kind) for kind in ("first_moment", "second_moment")]
-        return read(params, "model"), optax.ScaleByAdamState(step_count(params, saved.optimizer_steps), *moments)
+        count = step_count(params, saved.optimizer_steps)
+        first, second = read(moments.mu, "first_moment"), read(moments.nu, "second_moment")
+        return read(params, "model"), optax.ScaleByAdamState(count, first, second)
 
 
 def _shapes(params: Any, num_layers: int) -> dict[str, tuple[int, ...]]:

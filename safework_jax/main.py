@@ -33,6 +33,7 @@ def open_trainer(loaded: LoadedConfig, policy: Path, reference: Path | None) -> 
 def open_plan(loaded: LoadedConfig, target: Target, parts: tuple[str, ...]) -> Plan:
     """What the config's programs need of a TPU target. Raises ConfigError; see `safework_jax/plan.py`."""
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # programs for chips that are not here cannot be read back
     _prepare(loaded)
     _register()
     return plan(loaded, target, parts)

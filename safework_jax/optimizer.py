@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from common.config.method import OptimizerConfig
 from safework_jax.frozen import Frozen
@@ -24,12 +24,24 @@ def _is_matrix(path: tuple[Any, ...], leaf: jax.Array) -> bool:
     return leaf.ndim - is_stacked(parameter_path(path)) >= 2
 
 
-def init_moments(params: Any) -> optax.ScaleByAdamState:
-    """Zero moments, each placed like its parameter, and a step count of 0."""
-    first, second = (
-        jax.tree.map(lambda leaf: jax.device_put(jnp.zeros_like(leaf), leaf.sharding), params) for _ in range(2)
-    )
+HOST = "pinned_host"  # JAX's name for memory of the host from which devices copy
+
+
+def init_moments(params: Any, *, offload: bool) -> optax.ScaleByAdamState:
+    """Zero moments, each placed like its parameter or, offloaded, in the memory of that device's host; and a step count
+    of 0.
+    """
+
+    def zeros(leaf: jax.Array) -> jax.Array:
+        return jax.device_put(jnp.zeros_like(leaf), resting(leaf.sharding, offload=offload))
+
+    first, second = (jax.tree.map(zeros, params) for _ in range(2))
     return optax.ScaleByAdamState(step_count(params, 0), first, second)
+
+
+def resting(sharding: Sharding, *, offload: bool) -> Sharding:
+    """Where the moments of a parameter lie between updates."""
+    return sharding.with_memory_kind(HOST) if offload else sharding
 
 
 def step_count(params: Any, steps: int) -> jax.Array:
@@ -58,7 +70,7 @@ def step(
     params, moments, gradients: of what is trained. Parameters and moments stay where the parameters lie; `params` and
     `moments` are given up.
     """
-    return _step(config, mesh_of(params), params, moments, gradients, norm, rate, frozen)
+    return _step(config, mesh_of(params), params, moments, gradients, norm, rate, frozen, _rest_on_host(moments))
 
 
 def lower_step(
@@ -70,10 +82,15 @@ def lower_step(
     frozen: Frozen,
 ) -> jax.stages.Lowered:
     """`step` for shapes that say where they lie, not yet compiled; `number` is the shape of norm and rate."""
-    return _step.lower(config, mesh_of(params), params, moments, gradients, number, number, frozen)
+    offloaded = _rest_on_host(moments)
+    return _step.lower(config, mesh_of(params), params, moments, gradients, number, number, frozen, offloaded)
 
 
-@partial(jax.jit, static_argnames=("config", "mesh", "frozen"), donate_argnames=("params", "moments"))
+def _rest_on_host(moments: optax.ScaleByAdamState) -> bool:
+    return jax.tree.leaves(moments.mu)[0].sharding.memory_kind == HOST
+
+
+@partial(jax.jit, static_argnames=("config", "mesh", "frozen", "offloaded"), donate_argnames=("params", "moments"))
 def _step(
     config: OptimizerConfig,
     mesh: Mesh | None,
@@ -83,7 +100,10 @@ def _step(
     norm: jax.Array,
     rate: jax.Array | float,
     frozen: Frozen,
+    offloaded: bool,
 ) -> tuple[Any, optax.ScaleByAdamState]:
+    if offloaded:
+        moments = jax.device_put(moments, jax.memory.Space.Device)
     scale = jnp.where(norm > config.clip_norm, config.clip_norm / norm, 1.0)
     gradients = jax.tree.map(lambda gradient: gradient * scale, gradients)
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
@@ -94,6 +114,8 @@ def _step(
     direction = frozen.zeroed(direction)  # nor do frozen layers decay
     params = jax.tree.map(lambda parameter, change: parameter - rate * change, params, direction)
     params, mu, nu = (placed_like_parameters(tree, mesh) for tree in (params, after.mu, after.nu))
+    if offloaded:
+        mu, nu = jax.device_put((mu, nu), jax.memory.Space.Host)
     return params, after._replace(mu=mu, nu=nu)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -88,35 +89,60 @@ def _compiled(job: _Job) -> Plan:
     params = _params(job.model, mesh)
     weights, trained = _bytes(params), _bytes(program.frozen.trained(params))
     batch = _bytes(_rows(job.config, mesh))
-    kinds = {"parameters": weights, "moments": 2 * trained, "gradients": trained, "rows of a micro-batch": batch}
+    kinds = {
+        "parameters": weights,
+        "moments": _moments(job, trained),
+        "gradients": trained,
+        "rows of a micro-batch": batch,
+    }
     if job.config.loss.kl_coef:
         kinds["reference"] = weights
     if job.config.ema.decay is not None:
         kinds["average"] = weights
     besides = kinds.get("reference", 0) + kinds.get("average", 0)
-    found = []
-    for name, held, work, lower in _lowered(job, program, params, mesh):
+    found, notes = [], frozen_notes(job.config)
+    for name, held, work, compile_program in _lowered(job, program, params, mesh):
         begun = time.monotonic()
-        compiled = lower()
-        seconds = time.monotonic() - begun
-        memory = compiled.memory_analysis()
-        text = CompiledText(compiled.as_text(), tuple(zip(AXES, job.mesh.shape, strict=True)))
-        least = _least_bytes(job, name)
-        found.append(
-            ProgramPlan(
-                name,
-                memory.argument_size_in_bytes,
-                memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
-                held + besides,
-                work / job.target.num_chips,
-                text.sent_by_axis(),
-                least,
-                text.cycles / job.target.chip.hertz,
-                work / job.target.num_chips / job.target.chip.bf16_flops,
-                seconds,
-            )
-        )
-    return Plan(job.target, kinds, tuple(found), frozen_notes(job.config))
+        try:
+            compiled = compile_program()
+        except jax.errors.JaxRuntimeError as error:
+            found.append(ProgramPlan(name, 0, _wanted(name, error), held + besides, 0.0, {}, {}, 0.0, 0.0, 0.0))
+            notes += (f"The compiler refuses {name!r}; what it says it needs stands among temporaries.",)
+        else:
+            seconds = time.monotonic() - begun
+            found.append(_read(job, name, held + besides, work / job.target.num_chips, compiled, seconds))
+    return Plan(job.target, kinds, tuple(found), notes)
+
+
+def _read(job: _Job, name: str, held: int, work: float, compiled: Any, seconds: float) -> ProgramPlan:
+    """What a compiled program needs of a chip, of which it takes so much work in FLOP and found `held` bytes taken."""
+    memory = compiled.memory_analysis()
+    text = CompiledText(compiled.as_text(), tuple(zip(AXES, job.mesh.shape, strict=True)))
+    return ProgramPlan(
+        name,
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        held,
+        work,
+        text.sent_by_axis(),
+        _least_bytes(job, name),
+        text.cycles / job.target.chip.hertz,
+        work / job.target.chip.bf16_flops,
+        seconds,
+    )
+
+
+def _wanted(name: str, error: Exception) -> int:
+    """The bytes that the compiler says it would need, where it refuses a program for want of memory."""
+    sizes = [float(size) for size in re.findall(r"([\d.]+)G", str(error))]
+    if "RESOURCE_EXHAUSTED" not in str(error) or not sizes:
+        raise ConfigError(f"the TPU's compiler refuses {name!r}: {str(error).splitlines()[0]}") from error
+    return int(max(sizes) * 2**30)
+
+
+def _moments(job: _Job, trained: int) -> int:
+    """Bytes of a chip for the moments of so many bytes of parameters."""
+    return 0 if job.config.backend.offload_optimizer else 2 * trained
 
 
 def _lowered(
@@ -124,23 +150,27 @@ def _lowered(
 ) -> Iterator[tuple[str, int, float, Callable[[], Any]]]:
     """(name, bytes held besides its arguments, flops, compile) of each program that is asked for."""
     trained = program.frozen.trained(params)
-    moment = _bytes(trained)
+    moments_held = _moments(job, _bytes(trained))
     config, rows = job.config, _rows(job.config, mesh)
     forward = forward_flops(job.hf, config.batch.rows_per_microbatch, config.batch.row_tokens)
     again = {"none": 0, "dots": 0, "full": 1}[program.recompute]
     if "update" in job.parts:
         accumulate = programs.accumulate.lower(params, trained, rows, program)
-        yield "update: a micro-batch", 2 * moment, (3 + again) * forward, accumulate.compile
+        yield "update: a micro-batch", moments_held, (3 + again) * forward, accumulate.compile
         count: Any = _shape((), jnp.int32, mesh)
-        moments = optax.ScaleByAdamState(count, trained, trained)
+        offload = config.backend.offload_optimizer
+        moment = jax.tree.map(
+            lambda leaf: leaf.update(sharding=optimizer.resting(leaf.sharding, offload=offload)), trained
+        )
+        moments = optax.ScaleByAdamState(count, moment, moment)
         number = _shape((), jnp.float32, mesh)
         step = optimizer.lower_step(config.optimizer, trained, moments, trained, number, program.frozen)
-        yield "update: AdamW", _bytes(params) - moment, 0.0, step.compile
+        yield "update: AdamW", _bytes(params) - _bytes(trained), 0.0, step.compile
     if "logprobs" in job.parts:
-        yield "logprobs", 2 * moment, forward, programs.logprobs.lower(params, rows, program).compile
+        yield "logprobs", moments_held, forward, programs.logprobs.lower(params, rows, program).compile
     if "sampling" in job.parts:
         for name, work, compiled in _sampling(job, program.decoding, params, mesh):
-            yield name, 2 * moment, work, compiled
+            yield name, moments_held, work, compiled
 
 
 def _sampling(
@@ -185,6 +215,9 @@ def _changes(job: _Job) -> Iterator[tuple[str, _Job]]:
     if backend.recompute != "full":
         again = backend.model_copy(update={"recompute": "full"})
         yield "backend.recompute=full", job._replace(config=job.config.model_copy(update={"backend": again}))
+    if not backend.offload_optimizer:
+        resting = backend.model_copy(update={"offload_optimizer": True})
+        yield "backend.offload_optimizer=true", job._replace(config=job.config.model_copy(update={"backend": resting}))
     if mesh.replica > job.target.slices and mesh.replica % 2 == 0:
         split = mesh.model_copy(update={"replica": mesh.replica // 2, "fsdp": mesh.fsdp * 2})
         yield f"backend.jax.mesh.replica={split.replica} backend.jax.mesh.fsdp={split.fsdp}", job._replace(mesh=split)

@@ -39,7 +39,7 @@ class JaxTrainer:
         model, self._params = self._load(policy)
         self._program = program_for(config, model, self._mesh)
         self._reference = None if reference is None else self._load(reference)
-        self._moments = optimizer.init_moments(self._trained)
+        self._moments = optimizer.init_moments(self._trained, offload=config.backend.offload_optimizer)
         rule = config.ema
         self._average = None if rule.decay is None else optimizer.Average(self._params, rule.decay, rule.every)
 
@@ -142,7 +142,9 @@ class JaxTrainer:
 
     def restore(self, directory: Path) -> None:
         """What either engine has saved; see PolicyTrainer."""
-        self._params, self._moments = restore_state(self._params, self._average, self._program.frozen, directory)
+        self._params, self._moments = restore_state(
+            self._params, self._moments, self._average, self._program.frozen, directory
+        )
 
     def peak_memory_gib(self) -> float:
         """Peak of the device allocator, or of resident memory on a CPU."""

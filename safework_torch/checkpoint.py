@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.state_files import SavedState, open_state
+from common.state_files import open_state
 from common.types import Kind, Piece, TrainingState
 from safework_torch.optimizer import AdamW, Average
 from safework_torch.sharding import is_first_copy, local, own_part
@@ -19,7 +19,7 @@ def snapshot(weights: Mapping[str, Tensor], optimizer: AdamW, average: Average |
     too.
     """
     kinds = _kinds(weights, optimizer, average)
-    return TrainingState({kind: _pieces(tensors) for kind, tensors in kinds.items()}, optimizer.steps)
+    return TrainingState({kind: _pieces(tensors, weights) for kind, tensors in kinds.items()}, optimizer.steps)
 
 
 def _kinds(
@@ -33,12 +33,14 @@ def _kinds(
     return kinds if average is None else {**kinds, "ema": average.weights}
 
 
-def _pieces(tensors: Mapping[str, Tensor]) -> dict[str, list[Piece]]:
+def _pieces(tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, list[Piece]]:
+    """weights: say where a tensor of their name lies, of which moments are the part here alone."""
     pieces = {}
     for name, tensor in tensors.items():
-        own, start = local(tensor.detach()), tuple(part.start for part in own_part(tensor))
-        writes = own.numel() > 0 and is_first_copy(tensor)
-        pieces[name] = [Piece(own.to("cpu", copy=True).numpy(), start, tuple(tensor.shape))] if writes else []
+        own, weight = local(tensor.detach()), weights[name]
+        start = tuple(part.start for part in own_part(weight))
+        writes = own.numel() > 0 and is_first_copy(weight)
+        pieces[name] = [Piece(own.to("cpu", copy=True).numpy(), start, tuple(weight.shape))] if writes else []
     return pieces
 
 
@@ -48,10 +50,7 @@ def restore_state(weights: Mapping[str, Tensor], optimizer: AdamW, average: Aver
     with open_state(folder) as saved:
         saved.refuse_other_shapes({name: tuple(weight.shape) for name, weight in weights.items()})
         for kind, tensors in _kinds(weights, optimizer, average).items():
-            _fill(tensors, kind if kind in saved.kinds else "model", saved)
+            source: Kind = kind if kind in saved.kinds else "model"
+            for name, tensor in tensors.items():
+                local(tensor).copy_(torch.from_numpy(saved.read(source, name, own_part(weights[name]))))
         optimizer.steps = saved.optimizer_steps
-
-
-def _fill(tensors: Mapping[str, Tensor], kind: Kind, saved: SavedState) -> None:
-    for name, tensor in tensors.items():
-        local(tensor).copy_(torch.from_numpy(saved.read(kind, name, own_part(tensor))))

@@ -36,16 +36,23 @@ class Numbers(NamedTuple):
 
 
 class AdamW:
-    """fp32 moments for each named parameter, and the number of steps taken. Where parameters lie in shards, so do their
-    moments; copies: how often each shard is there among the processes of the run.
+    """fp32 moments of the part of each named parameter that this process holds, and the number of steps taken.
+
+    copies: how often each part is there among the processes of the run. offload: moments rest in host memory, and come
+    to the device for the step of their layer.
     """
 
-    def __init__(self, named: Mapping[str, nn.Parameter], config: OptimizerConfig, copies: int = 1) -> None:
+    def __init__(
+        self, named: Mapping[str, nn.Parameter], config: OptimizerConfig, copies: int = 1, *, offload: bool = False
+    ) -> None:
         self._config = config
         self._copies = copies
+        self._offload = offload
         self.named = dict(named)
-        self.first_moment = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
-        self.second_moment = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
+        self.first_moment, self.second_moment = (
+            {name: _zeros_like(local(parameter.detach()), offload) for name, parameter in named.items()}
+            for _ in range(2)
+        )
         self.steps = 0
         self._layers = [list(names) for _, names in groupby(self.named, _layer_of)]
 
@@ -72,11 +79,31 @@ class AdamW:
         step = _compiled() if device.type == "cuda" else _step_in_slices
         for names in self._layers:
             decays = [config.weight_decay if self.named[name].ndim >= 2 else 0.0 for name in names]
-            step([[local(tensor) for tensor in self._of(name)] for name in names], decays, numbers, config)
+            arrays = [self._on_device(name) for name in names]
+            step(arrays, decays, numbers, config)
+            for name, (_, _, first, second) in zip(names, arrays, strict=True):
+                _rest(first, self.first_moment[name])
+                _rest(second, self.second_moment[name])
+        if self._offload and device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # moments are on their way to the host
 
-    def _of(self, name: str) -> tuple[Tensor, ...]:
-        parameter = self.named[name]
-        return parameter, _gradient(parameter), self.first_moment[name], self.second_moment[name]
+    def _on_device(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The parts of a weight, its gradient and its moments that this process holds."""
+        weight, gradient = local(self.named[name]), local(_gradient(self.named[name]))
+        first = self.first_moment[name].to(weight.device, non_blocking=True)
+        second = self.second_moment[name].to(weight.device, non_blocking=True)
+        return weight, gradient, first, second
+
+
+def _zeros_like(part: Tensor, offload: bool) -> Tensor:
+    if not offload:
+        return torch.zeros_like(part)
+    return torch.zeros_like(part, device="cpu", pin_memory=part.is_cuda)
+
+
+def _rest(moment: Tensor, resting: Tensor) -> None:
+    if moment is not resting:
+        resting.copy_(moment, non_blocking=True)
 
 
 def _norm(arrays: list[Tensor]) -> Tensor:

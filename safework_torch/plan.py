@@ -96,7 +96,8 @@ def plan(loaded: LoadedConfig, target: Target, parts: tuple[str, ...]) -> Plan:
 def _counted(job: _Job) -> Plan:
     """Each part of the job, and what lies on a GPU all the time."""
     weights, config = _weights(job), job.config
-    kinds = {"parameters, fp32": 4 * weights.own, "moments": 8 * weights.own_trained}
+    moments = 0 if config.backend.offload_optimizer else 8 * weights.own_trained
+    kinds = {"parameters, fp32": 4 * weights.own, "moments": moments}
     if job.target.num_chips == 1:
         kinds["parameters, bf16"] = _WIDTH * weights.own
     if config.ema.decay is not None:
@@ -146,7 +147,8 @@ def _update(job: _Job, weights: _Weights) -> _Found:
     again = 1 if recompute == "full" else 0
     work = (3 + again) * _forward(job)
     several = job.target.num_chips > 1
-    temporaries = _gradients(job, weights) + max(passes, 0 if several else _WIDTH * weights.all)
+    copies = 0 if several else _WIDTH * weights.all
+    temporaries = _gradients(job, weights) + max(passes, copies, _moments_of_a_layer(job, weights))
     if several:
         temporaries += _gathered(job, weights) + _reduced(job, weights)
     return temporaries, work, _sent(job, weights)
@@ -157,6 +159,13 @@ def _gradients(job: _Job, weights: _Weights) -> int:
     if job.target.num_chips > 1 and job.section.sharding == "zero1":
         return 4 * weights.trained
     return 4 * weights.own_trained
+
+
+def _moments_of_a_layer(job: _Job, weights: _Weights) -> int:
+    """At most, those that rest on the host and come for the step of a layer, or of what is outside layers."""
+    if not job.config.backend.offload_optimizer:
+        return 0
+    return 8 * max(weights.layer, weights.outside) * weights.own // weights.all
 
 
 def _gathered(job: _Job, weights: _Weights) -> int:
@@ -250,15 +259,19 @@ def _forward(job: _Job) -> float:
 
 
 def _changes(job: _Job) -> Iterator[tuple[str, _Job]]:
-    config, fewest = job.config, job.target.num_chips
-    smaller = config.batch.model_copy(update={"rows_per_microbatch": fewest})
-    if smaller != config.batch:
-        job = job._replace(config=config.model_copy(update={"batch": smaller}))
-        yield f"batch.rows_per_microbatch={fewest}", job
-    if config.backend.recompute != "full":
-        again = job.config.backend.model_copy(update={"recompute": "full"})
-        job = job._replace(config=job.config.model_copy(update={"backend": again}))
-        yield f"batch.rows_per_microbatch={fewest} backend.recompute=full", job
+    """One more each time, the cheapest first."""
+    fewest, words = job.target.num_chips, ""
+    if job.config.batch.rows_per_microbatch > fewest:
+        smaller = job.config.batch.model_copy(update={"rows_per_microbatch": fewest})
+        job = job._replace(config=job.config.model_copy(update={"batch": smaller}))
+        words += f" batch.rows_per_microbatch={fewest}"
+        yield words.strip(), job
+    for key, value, shown in (("recompute", "full", "full"), ("offload_optimizer", True, "true")):
+        changed = job.config.backend.model_copy(update={key: value})
+        if changed != job.config.backend:
+            job = job._replace(config=job.config.model_copy(update={"backend": changed}))
+            words += f" backend.{key}={shown}"
+            yield words.strip(), job
     if fewest > 1 and job.section.sharding != "zero3":
         job = job._replace(section=job.section.model_copy(update={"sharding": "zero3"}))
-        yield f"batch.rows_per_microbatch={fewest} backend.recompute=full backend.torch.sharding=zero3", job
+        yield f"{words} backend.torch.sharding=zero3".strip(), job

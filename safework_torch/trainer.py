@@ -55,7 +55,8 @@ class TorchTrainer:
             self._reference = Whole(fixed, section.sharding, self._dtype)
             self._reference.read(reference, self._device)
         trained = {name: weight for name, weight in self._policy.masters.items() if weight.requires_grad}
-        self._optimizer = AdamW(trained, config.optimizer, self._policy.copies)
+        offload = config.backend.offload_optimizer
+        self._optimizer = AdamW(trained, config.optimizer, self._policy.copies, offload=offload)
         rule = config.ema
         self._average = None if rule.decay is None else Average(self._policy.masters, rule.decay, rule.every)
 

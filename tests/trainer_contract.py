@@ -217,6 +217,15 @@ def check_frozen(open_trainer: OpenTrainer, folder: Path) -> None:
     assert_equal_states([_saved(again, folder / "gone-on", frozen)], states[3:])
 
 
+def check_offloaded(offloaded: ParityTrainer, resumed: ParityTrainer, ordinary: ParityTrainer, folder: Path) -> None:
+    """Moments that rest in host memory change nothing, not over a resume either."""
+    batches = [packed(random_sequences(12, seed=seed), 32, 2) for seed in range(3)]
+    states = trainer_states(ordinary, batches, folder / "ordinary")
+    assert_equal_states(trainer_states(offloaded, batches, folder / "offloaded"), states)
+    resumed.restore(folder / "ordinary" / "0")
+    assert_equal_states(trainer_states(resumed, batches[1:], folder / "resumed"), states[1:])
+
+
 def trainer_states(trainer: ParityTrainer, batches: Sequence[TrainBatch], folder: Path) -> list[dict[str, Any]]:
     """Update on each batch; the whole saved state after each, from `folder/0`, `folder/1`, ..."""
     states = []

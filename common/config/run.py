@@ -31,12 +31,15 @@ class BackendSection(Section):
     dtype: of matrix products and activations; master weights, reductions and logprobs are always fp32.
     recompute: what the backward pass computes again instead of keeping: nothing, all but matrix products, or all.
     threads: CPU threads of the engine; results are bitwise repeatable for one value. 0 leaves the engine's default.
+    offload_optimizer: the optimizer's moments rest in host memory between updates, 8 bytes a parameter; each update
+    brings them to the device and back.
     """
 
     name: Literal["torch", "jax"]
     dtype: Literal["float32", "bfloat16"] = "float32"
     recompute: Literal["none", "dots", "full"] = "none"
     threads: NonNegativeInt = 0
+    offload_optimizer: bool = False
     torch: dict[str, Any] = Field(default_factory=dict)
     jax: dict[str, Any] = Field(default_factory=dict)
 

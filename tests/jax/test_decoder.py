@@ -206,7 +206,8 @@ def export(params: text.Params, source: Path, folder: Path, dtype: Literal["floa
     """Save a training state and export it, as a finished run does: folder/export."""
     state = folder / "state"
     state.mkdir()
-    write_state(snapshot(params, init_moments(params), None, Frozen(frozenset(), SIZES["num_hidden_layers"])), state)
+    all_trained = Frozen(frozenset(), SIZES["num_hidden_layers"])
+    write_state(snapshot(params, init_moments(params, offload=False), None, all_trained), state)
     export_model(state, source, folder / "export", dtype)
 
 

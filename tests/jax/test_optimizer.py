@@ -46,7 +46,7 @@ class Stepped:
     def __init__(self, config: OptimizerConfig, start: Mapping[str, np.ndarray]) -> None:
         self.config = config
         self.params = tree(start)
-        self.moments = optimizer.init_moments(self.params)
+        self.moments = optimizer.init_moments(self.params, offload=False)
 
     def step(self, gradients: Mapping[str, np.ndarray], rate: float) -> float:
         norm = optimizer.global_norm(tree(gradients))
@@ -112,7 +112,7 @@ def test_restored_equals_never_stopped(tmp_path: Path) -> None:
     for gradients in steps[:4]:
         first.step(gradients, 1e-3)
     write_state(snapshot(first.params, first.moments, None, ALL_TRAINED), tmp_path)
-    again.params, again.moments = restore_state(again.params, None, ALL_TRAINED, tmp_path)
+    again.params, again.moments = restore_state(again.params, again.moments, None, ALL_TRAINED, tmp_path)
     for gradients in steps[4:]:
         again.step(gradients, 1e-3)
     assert int(again.moments.count) == len(steps)

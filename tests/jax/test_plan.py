@@ -27,13 +27,20 @@ SHAPES = {**SIZES, "model_type": "qwen2", "num_hidden_layers": 2, "num_attention
 
 
 def planned(
-    folder: Path, parts: tuple[str, ...], mesh: dict[str, int], rows: int, frozen: Sequence[str] = (), **shapes: int
+    folder: Path,
+    parts: tuple[str, ...],
+    mesh: dict[str, int],
+    rows: int,
+    frozen: Sequence[str] = (),
+    offload: bool = False,
+    **shapes: int,
 ) -> Plan:
     """A plan of a model whose folder holds a config.json and nothing else."""
     model = folder / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps({**SHAPES, **shapes}))
     backend = {"name": "jax", "dtype": "bfloat16", "recompute": "full", "threads": 0, "jax": {"mesh": mesh}}
+    backend["offload_optimizer"] = offload
     batch = {"row_tokens": 256, "rows_per_microbatch": rows}
     run_file = write_run(folder, model, backend=backend, batch=batch, model={"frozen": list(frozen)})
     return open_plan(load_config([run_file]), TARGET, parts)
@@ -83,6 +90,15 @@ def test_frozen_parameters_have_no_moments_and_no_gradients(tmp_path: Path) -> N
     assert "with model.frozen it is less" in plan.notes[0]
 
 
+def test_offloaded_moments_are_not_on_the_chip(plan: Plan, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512}
+    found = planned(tmp_path, ("update",), {"fsdp": 2, "tensor": 2}, 2, offload=True, **sizes)
+    assert found.kinds == plan.kinds | {"moments": 0}
+    update, step = found.programs
+    assert update.resident_bytes == 0
+    assert step.argument_bytes == pytest.approx(2 * plan.kinds["parameters"], rel=0.01)
+
+
 def test_weights_travel_once_forward_and_once_backward_and_gradients_once(plan: Plan) -> None:
     update, _, logprobs, *_ = plan.programs
     for program, limit in ((update, 1.1), (logprobs, 1.1)):
@@ -92,11 +108,23 @@ def test_weights_travel_once_forward_and_once_backward_and_gradients_once(plan: 
     assert set(update.collective_bytes) <= {"fsdp", "tensor", "fsdp+tensor"}
 
 
-def test_what_does_not_fit_comes_with_the_smallest_change_that_does(tmp_path: Path) -> None:
-    sizes: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 53248, "head_dim": 128}
-    found = planned(tmp_path, ("logprobs",), {"replica": 4}, 4, **sizes)
-    assert not found.fits
-    assert found.notes == ("It fits with backend.jax.mesh.replica=2 backend.jax.mesh.fsdp=2: compiled and checked.",)
+@pytest.mark.parametrize(
+    ("intermediate_size", "offload", "said"),
+    [
+        (53248, False, "It fits with backend.offload_optimizer=true: compiled and checked."),
+        (110592, True, "It fits with backend.jax.mesh.replica=2 backend.jax.mesh.fsdp=2: compiled and checked."),
+        (163840, True, "None of these makes it fit, compiled one by one: backend.jax.mesh.replica=2 backend."),
+    ],
+)
+def test_what_does_not_fit_comes_with_the_smallest_change_that_does(
+    intermediate_size: int, offload: bool, said: str, tmp_path: Path
+) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": intermediate_size, "head_dim": 128}
+    found = planned(tmp_path, ("logprobs",), {"replica": 4}, 4, offload=offload, **sizes)
+    assert not found.fits and found.notes[0].startswith(said)
+    if said.startswith("None"):  # more than the chip has
+        assert found.programs[0].temporary_bytes > 16 * 2**30
+        assert found.notes[1].startswith("The compiler refuses 'logprobs'")
 
 
 def test_a_mesh_of_another_size_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from common.config import load_config
 from safework_jax.main import open_trainer
 from safework_jax.trainer import JaxTrainer
@@ -41,6 +43,13 @@ def test_non_finite_updates_change_nothing(tmp_path: Path) -> None:
 def test_restored_goes_on_bit_for_bit(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     contract.check_save_and_restore(make_trainer(model), make_trainer(model), tmp_path)
+
+
+def test_moments_may_rest_on_the_host(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    offloaded, resumed = (make_trainer(model, backend={"offload_optimizer": True}) for _ in range(2))
+    contract.check_offloaded(offloaded, resumed, make_trainer(model), tmp_path)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(resumed._moments.mu)} == {"pinned_host"}
 
 
 def test_frozen_tensors_stay_and_the_others_are_trained_as_ever(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def shares(trainer: TorchTrainer) -> dict[str, float]:
     """The part of each weight and of its moment that this process holds."""
     rule = trainer._optimizer
     return {
-        f"{kind} {name}": local(tensor.detach()).numel() / tensor.numel()
+        f"{kind} {name}": local(tensor.detach()).numel() / rule.named[name].numel()
         for kind, tensors in (("weight", rule.named), ("moment", rule.second_moment))
         for name, tensor in tensors.items()
     }

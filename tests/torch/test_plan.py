@@ -127,6 +127,16 @@ def test_frozen_weights_have_no_moments_and_no_gradients(tmp_path: Path) -> None
     assert "with model.frozen it is less" in some.notes[1] and len(whole.notes) == 1
 
 
+def test_offloaded_moments_are_not_on_the_gpu(tmp_path: Path) -> None:
+    plans = []
+    for name, offload in (("device", False), ("host", True)):
+        (tmp_path / name).mkdir()
+        plans.append(planned(tmp_path / name, HALF_B, "h100:1", ("update",), offload_optimizer=offload))
+    device, host = plans
+    assert host.kinds == device.kinds | {"moments": 0}
+    assert device.programs[0].needed_bytes - host.programs[0].needed_bytes == device.kinds["moments"]
+
+
 def test_what_does_not_fit_comes_with_a_change_that_does(tmp_path: Path) -> None:
     plan = planned(tmp_path, ONE_AND_A_HALF_B, "h100:1", ("update",), rows=64)
     assert not plan.fits
@@ -135,7 +145,7 @@ def test_what_does_not_fit_comes_with_a_change_that_does(tmp_path: Path) -> None
 
 def test_a_model_too_large_for_any_change_is_said_so(tmp_path: Path) -> None:
     large = ONE_AND_A_HALF_B | {"num_hidden_layers": 200}
-    plan = planned(tmp_path, large, "h100:1", ("update",), recompute="full", rows=1)
+    plan = planned(tmp_path, large, "h100:1", ("update",), recompute="full", rows=1, offload_optimizer=True)
     assert not plan.fits and plan.notes[0].startswith(
         "None of these makes it fit, counted one by one: there was nothing"
     )

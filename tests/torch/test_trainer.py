@@ -46,6 +46,12 @@ def test_restored_goes_on_bit_for_bit(tmp_path: Path) -> None:
     contract.check_save_and_restore(make_trainer(model), make_trainer(model), tmp_path)
 
 
+def test_moments_may_rest_on_the_host(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    offloaded, resumed = (make_trainer(model, backend={"offload_optimizer": True}) for _ in range(2))
+    contract.check_offloaded(offloaded, resumed, make_trainer(model), tmp_path)
+
+
 def test_frozen_tensors_stay_and_the_others_are_trained_as_ever(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
 
