@@ -102,12 +102,12 @@ def restore_state(
         saved.refuse_other_shapes(_shapes(params, frozen.num_layers))
 
         def read(like: Any, kind: Kind) -> Any:
+            from_kind = partial(read_part, kind)
             return jax.tree_util.tree_map_with_path(
-                lambda path, leaf: read_parameter(parameter_path(path), leaf, frozen.num_layers, partial(part, kind)),
-                like,
+                lambda path, leaf: read_parameter(parameter_path(path), leaf, frozen.num_layers, from_kind), like
             )
 
-        def part(kind: Kind, name: str, part: tuple[slice, ...]) -> np.ndarray:
+        def read_part(kind: Kind, name: str, part: tuple[slice, ...]) -> np.ndarray:
             moment_of_nothing = kind.endswith("moment") and name in frozen.names
             return np.zeros((), np.float32) if moment_of_nothing else saved.read(kind, name, part)
 

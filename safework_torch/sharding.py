@@ -9,6 +9,9 @@ Bytes a process holds for each parameter, at N processes, R of them on one host,
     zero2    12/N               16/N + 2            gradients reduced after each micro-batch
     zero3    12/N               16/N + one layer    weights gathered layer by layer, forward and backward
     hybrid   12/R               16/R + one layer    zero3 within each host, gradients summed across hosts
+
+8 of these are moments, which `backend.offload_optimizer` leaves with the host. Frozen weights have neither moments nor
+gradients.
 """
 
 from __future__ import annotations
