@@ -105,13 +105,14 @@ def test_a_run_by_the_same_judge_and_by_another(tmp_path: Path, engine: str) -> 
     assert 0 < change["mean_difference"] == pytest.approx(np.abs(now - before).mean())
 
 
-def test_a_killed_scoring_goes_on_to_the_same_file(tmp_path: Path) -> None:
-    run_file = judged_run(tmp_path, backend={"name": "jax"})
+@ENGINES
+def test_a_killed_scoring_goes_on_to_the_same_file(tmp_path: Path, engine: str) -> None:
+    run_file = judged_run(tmp_path, backend={"name": engine})
     file = write_answers(tmp_path / "answers.jsonl", [answered(number, "both") for number in range(1500)])
     straight, killed = tmp_path / "straight.jsonl", tmp_path / "killed.jsonl"
     done("score", run_file, file, "--out", straight)
     words = ("score", str(file), str(killed), "", run_file)
-    with running("safework_jax.main", *words) as process:
+    with running(f"safework_{engine}.main", *words) as process:
         wait_until(lambda: len(read_lines(killed)) >= 256, process)
         process.send_signal(signal.SIGKILL)
         process.wait()

@@ -88,27 +88,30 @@ def test_a_run_goes_on_in_other_numbers_of_processes(tmp_path: Path, alone: tupl
         assert [record[key] for record in ours] == [record[key] for record in theirs]
 
 
-def kill_leader(engine: str, run_file: Path, *words: str) -> None:
-    """Kill the first of two processes, through which they find each other, behind the first checkpoint: the other one
-    says so and ends.
-    """
+def kill_one(engine: str, run_file: Path, killed: int, *words: str) -> None:
+    """Kill one of two processes behind the first checkpoint: the other says so and ends."""
     folder = run_file.parent / "run"
     with started(2, ENGINES[engine], "train", run_file, *words) as processes:
         wait_until(lambda: bool(saved_steps(folder)), processes[0])
         begun = time.monotonic()
-        processes[0].kill()
+        processes[killed].kill()
         done = finished(processes)
         assert time.monotonic() - begun < 60
-    other = done[1]
+    other = done[1 - killed]
     assert other.returncode == 1, other
-    assert re.search(r"error: process 0 of 2 \(.+\) ended without a word", other.stderr)
+    assert re.search(rf"error: process {killed} of 2 \(.+\) ended without a word", other.stderr)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_going_on_after_a_kill_equals_never_stopped(tmp_path: Path, engine: str) -> None:
+@pytest.mark.parametrize(("engine", "killed"), [("torch", 0), ("jax", 1)])
+def test_a_killed_process_ends_the_other(tmp_path: Path, engine: str, killed: int) -> None:
+    kill_one(engine, run_of(tmp_path, engine), killed, "run.steps=100", *overrides(engine, 2))
+
+
+@pytest.mark.parametrize(("engine", "killed"), [("torch", 1), ("jax", 0)])
+def test_going_on_after_a_kill_equals_never_stopped(tmp_path: Path, engine: str, killed: int) -> None:
     words = ("run.steps=5", "evaluation.at_ends=false", *overrides(engine, 2))
     folder, run_file = tmp_path / "one" / "run", run_of(tmp_path / "one", engine)
-    kill_leader(engine, run_file, *words)
+    kill_one(engine, run_file, killed, *words)
     with started(2, ENGINES[engine], "train", run_file, *words) as processes:
         assert [each.returncode for each in finished(processes)] == [0, 0]
     never = run_of(tmp_path / "never", engine)
