@@ -18,7 +18,7 @@ from jax.experimental import topologies
 
 from common.config import ConfigError, LoadedConfig, RunConfig
 from common.plan.model import forward_flops, frozen_notes, planned_model
-from common.plan.report import Plan, ProgramPlan, smallest_change
+from common.plan.report import Plan, ProgramPlan, with_remedy
 from common.plan.target import Target
 from common.trainer import Sampling
 from safework_jax import optimizer, programs, sampling
@@ -62,10 +62,7 @@ def plan(loaded: LoadedConfig, target: Target, parts: tuple[str, ...]) -> Plan:
         )
     hf = planned_model(loaded)
     job = _Job(loaded.config, mesh, hf, DecoderConfig.from_hf(hf), _chips(target), target, parts)
-    found = _compiled(job)
-    if found.fits:
-        return found
-    return found._replace(notes=(smallest_change(_changes(job), _compiled, "compiled"), *found.notes))
+    return with_remedy(job, _compiled, _changes, "compiled")
 
 
 def _chips(target: Target) -> list[Any]:
@@ -212,12 +209,10 @@ def _changes(job: _Job) -> Iterator[tuple[str, _Job]]:
             f"batch.rows_per_microbatch={fewest}",
             job._replace(config=job.config.model_copy(update={"batch": smaller})),
         )
-    if backend.recompute != "full":
-        again = backend.model_copy(update={"recompute": "full"})
-        yield "backend.recompute=full", job._replace(config=job.config.model_copy(update={"backend": again}))
-    if not backend.offload_optimizer:
-        resting = backend.model_copy(update={"offload_optimizer": True})
-        yield "backend.offload_optimizer=true", job._replace(config=job.config.model_copy(update={"backend": resting}))
+    for key, value, shown in (("recompute", "full", "full"), ("offload_optimizer", True, "true")):
+        changed = backend.model_copy(update={key: value})
+        if changed != backend:
+            yield f"backend.{key}={shown}", job._replace(config=job.config.model_copy(update={"backend": changed}))
     if mesh.replica > job.target.slices and mesh.replica % 2 == 0:
         split = mesh.model_copy(update={"replica": mesh.replica // 2, "fsdp": mesh.fsdp * 2})
         yield f"backend.jax.mesh.replica={split.replica} backend.jax.mesh.fsdp={split.fsdp}", job._replace(mesh=split)

@@ -16,7 +16,7 @@ from common.config import ConfigError, LoadedConfig, RunConfig
 from common.config.sentences import sentence
 from common.data.model_config import head_dim, layer_windows, num_kv_heads
 from common.plan.model import forward_flops, frozen_notes, planned_model
-from common.plan.report import Plan, ProgramPlan, smallest_change
+from common.plan.report import Plan, ProgramPlan, with_remedy
 from common.plan.target import Target
 from safework_torch.compiled import Rows, layer_bytes
 from safework_torch.config import TorchSection
@@ -84,10 +84,7 @@ def plan(loaded: LoadedConfig, target: Target, parts: tuple[str, ...]) -> Plan:
         os.environ["LOCAL_WORLD_SIZE"] = str(min(_GPUS_OF_A_HOST, target.num_chips))
         dist.init_process_group("fake", rank=0, world_size=target.num_chips, store=FakeStore())
     try:
-        found = _counted(job)
-        if found.fits:
-            return found
-        return found._replace(notes=(smallest_change(_changes(job), _counted, "counted"), *found.notes))
+        return with_remedy(job, _counted, _changes, "counted")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -76,8 +76,19 @@ def verdict(plan: Plan) -> str:
     )
 
 
-def smallest_change(changes: Iterator[tuple[str, Job]], planned: Callable[[Job], Plan], how: str) -> str:
-    """The first change that is planned and fits, as a sentence; how: the way of looking at it, such as `counted`."""
+def with_remedy(
+    job: Job, planned: Callable[[Job], Plan], changes: Callable[[Job], Iterator[tuple[str, Job]]], how: str
+) -> Plan:
+    """The plan of a job and, where that does not fit, the first of its changes that does; how: the way of looking at
+    it, such as `counted`.
+    """
+    found = planned(job)
+    if found.fits:
+        return found
+    return found._replace(notes=(_smallest_change(changes(job), planned, how), *found.notes))
+
+
+def _smallest_change(changes: Iterator[tuple[str, Job]], planned: Callable[[Job], Plan], how: str) -> str:
     tried = []
     for words, changed in changes:
         tried.append(words)
