@@ -168,6 +168,7 @@ def load(case: Case, engine: str, recompute: str, model: Path, more: list[str]) 
             "backend.dtype=bfloat16",
             "backend.threads=0",
             "backend.torch.compile=true",
+            "batch.share_prompts=false",
             f"model.path={model}",
             f"batch.row_tokens={case.row_tokens}",
             f"batch.rows_per_microbatch={case.rows_per_microbatch}",
@@ -179,9 +180,9 @@ def load(case: Case, engine: str, recompute: str, model: Path, more: list[str]) 
     )
 
 
-def random_batch(case: Case, section: BatchSection) -> TrainBatch:
+def random_batch(case: Case, section: BatchSection, seed: int = 0) -> TrainBatch:
     """Random tokens, advantages and sampling logprobs, which are the old ones too."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
 
     def tokens(count: int) -> np.ndarray:
         return rng.integers(2, 100_000, count).astype(np.int32)
@@ -215,5 +216,4 @@ def profile_torch(trainer: Any, batch: TrainBatch) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     main()

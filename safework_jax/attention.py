@@ -131,22 +131,18 @@ def cudnn_attention(query: jax.Array, remembered: KeyValues, segment_ids: jax.Ar
     ids int [B T] -> shape of query.
 
     most_segments: at least as many as any row holds, padding counted; the caller must know, because a segment beyond
-    them would be attended to as if it belonged to none.
+    them would be attended to as if it belonged to none. 1 is a sequence from the start of each row and then padding,
+    which nothing before it sees and which may see that sequence: plain causal attention, the fastest.
     """
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
-    lengths, offsets = _segments(segment_ids, most_segments)
-    mixed = dot_product_attention(
-        query,
-        remembered.keys.swapaxes(1, 2),
-        remembered.values.swapaxes(1, 2),
-        q_seqlen=lengths,
-        kv_seqlen=lengths,
-        q_offsets=offsets,
-        kv_offsets=offsets,
-        scale=query.shape[-1] ** -0.5,
-        mask_type=MaskType.PADDING_CAUSAL,
-    )
+    packing: dict[str, Any] = {"mask_type": MaskType.CAUSAL}
+    if most_segments > 1:
+        lengths, offsets = _segments(segment_ids, most_segments)
+        packing = {"q_seqlen": lengths, "kv_seqlen": lengths, "q_offsets": offsets, "kv_offsets": offsets}
+        packing["mask_type"] = MaskType.PADDING_CAUSAL
+    keys, values = (array.swapaxes(1, 2) for array in remembered)
+    mixed = dot_product_attention(query, keys, values, scale=query.shape[-1] ** -0.5, **packing)
     assert isinstance(mixed, jax.Array)
     return mixed
 

@@ -25,24 +25,36 @@ from safework_jax.models.decoder.config import NO_WINDOW, DecoderConfig
 from safework_jax.sharding import ROWS, parameter_path, placement
 
 Kernel = Literal["masked", "splash", "cudnn"]
-# How a weight is opened; free or a gather to do again, while its result is as large as the whole weight.
-_OPENING = ("convert_element_type", "sharding_constraint")
+# A CPU stays near its caches. A GPU wants large products and adds up the weight's gradient, in fp32, once a chunk; a
+# TPU has less memory: 512 x 150k vocabulary x 4 bytes = 0.3 GB.
+_LOGITS = {"cpu": 512, "tpu": 512, "gpu": 8192}
 
 
 class Layout(NamedTuple):
-    """One mesh, None for a single device, and the attention that its platform has; hashable, for jit.
+    """One mesh, None for a single device, and what its platform has and likes; hashable, for jit.
 
-    most_segments: segments of a row at most, padding counted; only cuDNN asks.
+    kernel: the attention. logits: positions of one device's rows whose logits exist at one time. most_segments:
+    segments of a row at most, padding counted, and 1 for a sequence and padding; only cuDNN asks.
     """
 
     mesh: Mesh | None
     kernel: Kernel
+    logits: int = 512
     most_segments: int = 0
+
+    @property
+    def unrolled(self) -> bool:
+        """Whether layers come one after the other, in place of a loop: that copies all it keeps for the backward pass,
+        a tenth of a GPU's time where its kernel attends; the compiler takes some seconds more.
+        """
+        return self.kernel == "cudnn"
 
     def for_rows(self, segment_ids: np.ndarray) -> Layout:
         """The layout for rows with these segments, int [B T]: few sizes, so that few programs are compiled."""
         if self.kernel != "cudnn":
             return self
+        if segment_ids.max() <= 1:
+            return self._replace(most_segments=1)
         most = 1 + int((np.diff(segment_ids, axis=1) != 0).sum(axis=1).max())
         return self._replace(most_segments=max(8, 1 << (most - 1).bit_length()))
 
@@ -81,12 +93,6 @@ class Layout(NamedTuple):
             return _opened(weight, dtype, NamedSharding(mesh, whole), NamedSharding(mesh, spec))
 
         return jax.tree_util.tree_map_with_path(opened, tree)
-
-    def kept_for_backward(self, policy: Callable[..., bool] | None) -> Callable[..., bool] | None:
-        """A remat policy, None for keeping all, that on a mesh keeps all but opened weights."""
-        if self.mesh is None or policy is not None:
-            return policy
-        return lambda primitive, *_, **__: primitive.name not in _OPENING
 
     def attend(self, query: jax.Array, new: KeyValues, packing: Packing, window: jax.Array) -> jax.Array:
         """Attention within packed rows: query [B T H head_dim], keys [B K T head_dim] -> shape of query."""
@@ -144,7 +150,7 @@ def layout_on(mesh: Mesh, model: DecoderConfig, dtype: DTypeLike, share_prompts:
             f"backend.jax.mesh.tensor = {tensor}: does not divide the model's {model.num_kv_heads} key heads. "
             "Choose a number that does."
         )
-    return Layout(None if mesh.size == 1 else mesh, kernel)
+    return Layout(None if mesh.size == 1 else mesh, kernel, _LOGITS[device.platform])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

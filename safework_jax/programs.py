@@ -71,7 +71,7 @@ def logprobs(params: Params, rows: Arrays, program: Program) -> tuple[jax.Array,
     )
     weight = head_weight(program.model, params)
     wanted = rows["token_ids"], rows["previous"], rows["sampled"]
-    return token_logprobs(hidden, weight, *wanted, program.temperature, program.layout.mesh)
+    return token_logprobs(hidden, weight, *wanted, program.temperature, program.layout)
 
 
 @partial(jax.jit, static_argnames="mesh")

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from safework_jax.layout import ONE_DEVICE, Layout
 from safework_jax.models.decoder.text import project
 from safework_jax.sharding import ROWS, placement
 
+NORMALISER = "normaliser"  # by which a chunk's log-sum-exp is known to what chooses what is kept
 VOCABULARY = "tensor"  # the axis that the table of `safework_jax/sharding.py` splits a head's vocabulary over
 
-# Positions of one device's rows whose logits exist at one time: 512 x 150k vocabulary x 4 bytes = 0.3 GB.
-CHUNK = 512
+
+class Chunks(NamedTuple):
+    """How logits are made: `positions` at one time; `axis` is what the vocabulary is split over."""
+
+    temperature: float
+    positions: int
+    axis: str | None
 
 
 def token_logprobs(
@@ -25,7 +34,7 @@ def token_logprobs(
     previous: jax.Array,
     wanted: jax.Array,
     temperature: float,
-    mesh: Mesh | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> tuple[jax.Array, jax.Array]:
     """Logprobs [B T] (differentiable) and entropies [B T] of the wanted tokens, fp32, 0 elsewhere.
 
@@ -33,8 +42,9 @@ def token_logprobs(
     value at t is predicted from there. wanted: bool [B T], False wherever a sequence starts. On a mesh each device
     computes its own rows with its part of the vocabulary, and rows divide over replica and fsdp.
     """
-    if mesh is None:
-        return _local_logprobs(weight, hidden, token_ids, previous, wanted, temperature, None)
+    if layout.mesh is None:
+        chunks = Chunks(temperature, layout.logits, None)
+        return _local_logprobs(weight, hidden, token_ids, previous, wanted, chunks)
 
     def local(
         shard: jax.Array, hidden: jax.Array, token_ids: jax.Array, previous: jax.Array, wanted: jax.Array
@@ -43,9 +53,12 @@ def token_logprobs(
         assert isinstance(whole, jax.Array)
         # Here, so that the gradient of all chunks is summed over the parts of the vocabulary at once.
         hidden = jax.lax.pcast(hidden, VOCABULARY, to="varying")
-        return _local_logprobs(whole, hidden, token_ids, previous, wanted, temperature, VOCABULARY)
+        chunks = Chunks(temperature, layout.logits, VOCABULARY)
+        return _local_logprobs(whole, hidden, token_ids, previous, wanted, chunks)
 
-    by_rows = jax.shard_map(local, mesh=mesh, in_specs=(placement("head.weight"), *4 * (ROWS,)), out_specs=(ROWS, ROWS))
+    by_rows = jax.shard_map(
+        local, mesh=layout.mesh, in_specs=(placement("head.weight"), *4 * (ROWS,)), out_specs=(ROWS, ROWS)
+    )
     return by_rows(weight, hidden, token_ids, previous, wanted)
 
 
@@ -76,16 +89,15 @@ def _local_logprobs(
     token_ids: jax.Array,
     previous: jax.Array,
     wanted: jax.Array,
-    temperature: float,
-    axis: str | None,
+    chunks: Chunks,
 ) -> tuple[jax.Array, jax.Array]:
-    """The same for the rows of one device; `axis` is what the vocabulary of `weight` is split over.
+    """The same for the rows of one device.
 
     Wanted tokens are moved to the front and chunks run along T, so that chunks with nothing wanted are skipped; the
     backward pass computes the logits of a chunk again.
     """
     rows, tokens = hidden.shape[:2]
-    width = max(1, min(tokens, CHUNK // rows))
+    width = max(1, min(tokens, chunks.positions // rows))
     rank = jnp.cumsum(wanted, axis=1) - 1
     # Place of each wanted token in turn, without a sort, which the TPU's compiler takes minutes over; then 0.
     aim = jnp.where(wanted, rank, tokens)
@@ -94,15 +106,15 @@ def _local_logprobs(
     before, targets = (jnp.pad(array, ((0, 0), (0, -tokens % width))) for array in ordered)
     # All devices skip the same chunks: they sum over the vocabulary together.
     most = jnp.sum(wanted, axis=1).max()
-    most = most if axis is None else jax.lax.pmax(most, (*ROWS[0],))
+    most = most if chunks.axis is None else jax.lax.pmax(most, (*ROWS[0],))
 
-    @jax.checkpoint
+    @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(NORMALISER))
     def chunk(start: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         before, targets = part
 
         def chosen() -> tuple[jax.Array, jax.Array]:
             at = jnp.take_along_axis(hidden, before[..., None], 1)
-            return _chunk_logprobs(at, targets, weight, temperature, axis)
+            return _chunk_logprobs(at, targets, weight, chunks.temperature, chunks.axis)
 
         def nothing() -> tuple[jax.Array, jax.Array]:
             none = jnp.zeros_like(targets, jnp.float32)
@@ -124,25 +136,50 @@ def _chunk_logprobs(
     hidden: jax.Array, targets: jax.Array, weight: jax.Array, temperature: float, axis: str | None
 ) -> tuple[jax.Array, jax.Array]:
     """[B C D], [B C] -> logprobs and entropies [B C]."""
-    logits = project(hidden, weight).astype(jnp.float32)
-    if temperature != 1.0:
-        logits = logits / temperature
-    if axis is None:
-        logprobs = jax.nn.log_softmax(logits, axis=-1)
-        chosen = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
-        fixed = jax.lax.stop_gradient(logprobs)
-        return chosen, -(jnp.exp(fixed) * fixed).sum(axis=-1)
-    return _split_logprobs(logits, targets, axis)
+    logits = project(hidden, weight)
+    first = 0 if axis is None else jax.lax.axis_index(axis) * logits.shape[-1]
+    return _log_softmax_at(logits, targets - first, temperature, axis)
 
 
-def _split_logprobs(logits: jax.Array, targets: jax.Array, axis: str) -> tuple[jax.Array, jax.Array]:
-    """Where each device has the logits [B C V/n] of its part of the vocabulary."""
-    highest = jax.lax.pmax(jax.lax.stop_gradient(logits).max(axis=-1), axis)
-    shifted = logits - highest[..., None]
-    normaliser = jnp.log(jax.lax.psum(jnp.exp(shifted).sum(axis=-1), axis))
-    place = targets - jax.lax.axis_index(axis) * logits.shape[-1]
-    here = (place >= 0) & (place < logits.shape[-1])
-    picked = jnp.take_along_axis(shifted, jnp.where(here, place, 0)[..., None], axis=-1)[..., 0]
-    chosen = jax.lax.psum(jnp.where(here, picked, 0.0), axis) - normaliser
-    fixed = jax.lax.stop_gradient(shifted - normaliser[..., None])
-    return chosen, -jax.lax.psum((jnp.exp(fixed) * fixed).sum(axis=-1), axis)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _log_softmax_at(
+    logits: jax.Array, targets: jax.Array, temperature: float, axis: str | None
+) -> tuple[jax.Array, jax.Array]:
+    """Logprobs of the targets and entropies, fp32 [B C], of logits [B C V / devices along `axis`]. A target that is in
+    another device's part lies outside of 0 .. V. The entropies have no gradient.
+    """
+    return _log_softmax_forward(logits, targets, temperature, axis)[0]
+
+
+def _log_softmax_forward(
+    logits: jax.Array, targets: jax.Array, temperature: float, axis: str | None
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    def over_devices(reduce: Callable[[jax.Array, str], jax.Array], part: jax.Array) -> jax.Array:
+        return part if axis is None else reduce(part, axis)
+
+    scaled = logits.astype(jnp.float32) / temperature
+    top = over_devices(jax.lax.pmax, scaled.max(axis=-1))
+    below = scaled - top[..., None]
+    mass = over_devices(jax.lax.psum, jnp.exp(below).sum(axis=-1))
+    mean_below = over_devices(jax.lax.psum, (jnp.exp(below) * below).sum(axis=-1)) / mass
+    # Picked by comparing: an index would want all of `below` in memory.
+    picked = over_devices(jax.lax.psum, jnp.where(_is_target(logits, targets), below, 0.0).sum(axis=-1))
+    normaliser = checkpoint_name(top + jnp.log(mass), NORMALISER)
+    return (picked - jnp.log(mass), jnp.log(mass) - mean_below), (logits, targets, normaliser)
+
+
+def _log_softmax_backward(
+    temperature: float, axis: str | None, kept: tuple[jax.Array, ...], upstream: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, None]:
+    logits, targets, normaliser = kept
+    softmax = jnp.exp(logits.astype(jnp.float32) / temperature - normaliser[..., None])
+    # In fp32, before anything is rounded: where a target is nearly certain, little is left of it.
+    slope = jnp.where(_is_target(logits, targets), 1.0 - softmax, -softmax) * (upstream[0] / temperature)[..., None]
+    return slope.astype(logits.dtype), None
+
+
+_log_softmax_at.defvjp(_log_softmax_forward, _log_softmax_backward)
+
+
+def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    return targets[..., None] == jnp.arange(logits.shape[-1])

@@ -29,7 +29,8 @@ class BackendSection(Section):
     """The engine. `torch` and `jax` hold what only that one has (`safework_torch/config.py`, `safework_jax/config.py`).
 
     dtype: of matrix products and activations; master weights, reductions and logprobs are always fp32.
-    recompute: what the backward pass computes again instead of keeping: nothing, all but matrix products, or all.
+    recompute: what the backward pass computes again instead of keeping: nothing (JAX, and compiled layers of torch:
+    element-wise work), all but matrix products, or all.
     threads: CPU threads of the engine; results are bitwise repeatable for one value. 0 leaves the engine's default.
     offload_optimizer: the optimizer's moments rest in host memory between updates, 8 bytes a parameter; each update
     brings them to the device and back.

@@ -80,4 +80,6 @@ def test_cudnn_has_room_for_every_segment_of_a_row_and_others_do_not_ask() -> No
     ids = np.arange(9)[None]
     assert ONE_DEVICE._replace(kernel="cudnn").for_rows(ids).most_segments == 16
     assert ONE_DEVICE._replace(kernel="cudnn").for_rows(ids // 2).most_segments == 8
+    sequence_and_padding = np.array([[1, 1, 1], [1, 0, 0]])
+    assert ONE_DEVICE._replace(kernel="cudnn").for_rows(sequence_and_padding).most_segments == 1
     assert ONE_DEVICE.for_rows(ids) == ONE_DEVICE

@@ -176,6 +176,22 @@ def test_every_remat_gives_the_same_gradients(folders: dict[str, Path]) -> None:
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), plain, gradients(remat))
 
 
+def test_what_each_remat_computes_again(folders: dict[str, Path]) -> None:
+    config, params = load_model(folders["llama"], jnp.float32)
+    arrays = [jnp.asarray(tokens(2, 16)), jnp.broadcast_to(jnp.arange(16), (2, 16)), *2 * [jnp.ones((2, 16), int)]]
+
+    def products(remat: text.Remat) -> int:
+        def loss(params: Any) -> jax.Array:
+            return hidden_states(config, params, *arrays, remat=remat, compute_dtype=jnp.float32).sum()
+
+        return str(jax.make_jaxpr(jax.grad(loss))(params)).count("dot_general[")
+
+    forward, scores_and_mix, output_of_a_layer = 9, 2, 1
+    assert products("none") == 3 * forward
+    assert products("dots") == 3 * forward + scores_and_mix
+    assert products("full") == 4 * forward - output_of_a_layer
+
+
 def test_layers_are_traced_once(monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path]) -> None:
     traced = []
     original = text.Block.__call__

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from safework_jax.token_logprobs import CHUNK, token_logprobs
+from safework_jax.layout import ONE_DEVICE
+from safework_jax.token_logprobs import token_logprobs
 
 DIM, VOCABULARY = 12, 57
+CHUNK = ONE_DEVICE.logits
 chunked = jax.jit(token_logprobs, static_argnums=5)
 
 

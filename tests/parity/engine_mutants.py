@@ -116,9 +116,16 @@ _JAX = [
     Mutant(
         "jax logprobs ignore the temperature",
         "safework_jax/token_logprobs.py",
-        "        logits = logits / temperature\n",
-        "        logits = logits / 1.0\n",
+        "    scaled = logits.astype(jnp.float32) / temperature\n",
+        "    scaled = logits.astype(jnp.float32) / 1.0\n",
         "logprob difference",
+    ),
+    Mutant(
+        "jax gradients ignore the temperature",
+        "safework_jax/token_logprobs.py",
+        "(upstream[0] / temperature)",
+        "(upstream[0] / 1.0)",
+        "gradient norm ratio - 1, on-policy",
     ),
     Mutant(
         "jax sequences see their neighbours",

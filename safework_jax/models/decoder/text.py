@@ -25,10 +25,21 @@ from safework_jax.models.decoder.rope import Rope
 Params = dict[str, Any]
 Remat = Literal["none", "dots", "full"]
 
+# What computes attention on a TPU or a GPU, whose work is products too.
+_KERNELS = ("pallas_call", "dot_product_attention_fwd_wrapper")
+
+
+def _is_kernel(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name in _KERNELS
+
+
+_policies = jax.checkpoint_policies
+# Element-wise work is always done again: to write and read it takes longer. A product with batch dimensions is the
+# masked reference's, as large as the square of a row.
 _REMAT_POLICIES = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "none": _policies.save_from_both_policies(_policies.dots_saveable, _is_kernel),
+    "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _is_kernel),
+    "full": _policies.nothing_saveable,
 }
 
 
@@ -66,11 +77,17 @@ def project(x: jax.Array, weight: jax.Array) -> jax.Array:
     weight, so that devices sum it in fp32 whatever they compute in. And the order of that product: left to itself, XLA
     on a CPU transposes the output's gradient, computed anew in that order; transposing x is several times faster.
     """
+    return _product(x, weight)
+
+
+def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
     return x @ weight.astype(x.dtype).T
 
 
 def _project_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return project(x, weight), (x, weight)
+    # Not by `project`: what to keep for the backward pass is chosen by primitives, and one with a rule of its own hides
+    # the product.
+    return _product(x, weight), (x, weight)
 
 
 def _project_backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -240,12 +257,11 @@ def run_layers(
         x, kept = block(x, rotation, attend)
         return layout.by_rows(x), kept
 
-    policy = layout.kept_for_backward(_REMAT_POLICIES[remat])
-    if policy is not None:
-        # A scan is its own barrier against merging the recomputation with the forward pass.
-        run_block = jax.checkpoint(run_block, policy=policy, prevent_cse=False)
+    # A loop is its own barrier against merging the recomputation with the forward pass.
+    run_block = jax.checkpoint(run_block, policy=_REMAT_POLICIES[remat], prevent_cse=layout.unrolled)
     x = layout.by_rows(decoder.embed(token_ids, compute_dtype))
-    x, kept = jax.lax.scan(run_block, x, (params["layers"], jnp.asarray(config.windows, jnp.int32)))
+    each = params["layers"], jnp.asarray(config.windows, jnp.int32)
+    x, kept = jax.lax.scan(run_block, x, each, unroll=layout.unrolled and not keep)
     return decoder.norm(x), kept
 
 
@@ -263,7 +279,8 @@ def hidden_states(
 ) -> jax.Array:
     """Final-normed hidden states of packed rows: int [B T] four times, as in TrainBatch -> compute_dtype [B T D].
 
-    remat is what the backward pass recomputes: nothing, all but the matrix products, or whole blocks.
+    remat is what the backward pass recomputes: no matrix product, none but those of the masked reference, or whole
+    blocks.
     """
     packing = Packing(positions, segment_ids, prefix_ids)
     return run_layers(
