@@ -189,12 +189,11 @@ def _sampled(job: _Job) -> int:
 
 
 def _head(job: _Job, weights: _Weights, keeps: bool, *, backward: bool) -> int:
-    """Logits of a chunk and a second array like it, or all logits and that one; hidden states and their gradient; the
-    head's gradient in fp32 and as it is handed on.
+    """Logits of a chunk or, kept, of all; hidden states and their gradient; the head's gradient in fp32 and as it is
+    handed on.
     """
     sampled, vocabulary, width = _sampled(job), job.model.vocab_size, job.model.hidden_size
-    chunk = min(CHUNK["cuda"], sampled) * vocabulary * _WIDTH
-    logits = chunk + (sampled * vocabulary * _WIDTH if keeps else chunk)
+    logits = (sampled if keeps else min(CHUNK["cuda"], sampled)) * vocabulary * _WIDTH
     hidden = sampled * width * _WIDTH
     return logits + hidden + ((4 + _WIDTH) * weights.head + hidden if backward else 0)
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,8 +67,10 @@ class Whole(nn.Module):
         if self._modules_in_shards or all(weight.dtype == self._dtype for weight in named.values()):
             return named
         masters = {name: nn.Parameter(copy.data, copy.requires_grad) for name, copy in named.items()}
-        for copy in named.values():
+        for name, copy in named.items():
             copy.data = copy.data.to(self._dtype)
+            if copy.requires_grad:
+                copy.register_post_accumulate_grad_hook(partial(_hand_on, masters[name]))
         self._copies_of_masters = [*named.values()]
         return masters
 
@@ -108,18 +111,6 @@ class Whole(nn.Module):
             module.set_requires_gradient_sync(is_last, recurse=False)
             module.set_reshard_after_backward(is_last, recurse=False)
 
-    def end_microbatch(self) -> None:
-        """Add the gradients of copies, which are complete for this micro-batch, to those of their masters."""
-        for copy, master in zip(self._copies_of_masters, self.masters.values(), strict=False):
-            if not copy.requires_grad:
-                continue
-            assert copy.grad is not None, "every trained parameter takes part in every update"
-            if master.grad is None:
-                master.grad = copy.grad.to(master.dtype)
-            else:
-                master.grad.add_(copy.grad)
-            copy.grad = None
-
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """All weights whole, in the dtype of products, so that each process may work on its own for a while."""
@@ -139,6 +130,16 @@ class Whole(nn.Module):
         """Let go of gathered weights: after a pass without a backward one, they would outlive the next update."""
         for module in self._modules_in_shards:
             module.reshard()
+
+
+def _hand_on(master: nn.Parameter, copy: Tensor) -> None:
+    """Add a copy's gradient, complete for this micro-batch, to its master's; it is gone before the next one comes."""
+    assert copy.grad is not None, "the hook runs behind the gradient"
+    if master.grad is None:
+        master.grad = copy.grad.to(master.dtype)
+    else:
+        master.grad.add_(copy.grad)
+    copy.grad = None
 
 
 def _mesh(mode: Sharding) -> DeviceMesh:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Positions whose logits exist at one time. On a CPU they stay near its caches; a GPU wants large products, and adds up
-# the weight's gradient once a chunk: 8,192 x 150k vocabulary x 2 bytes = 2.5 GB.
-CHUNK = {"cpu": 512, "cuda": 8192}
+# Positions whose logits are made at one time. On a CPU they stay near its caches; a GPU wants large products, and adds
+# to the weight's gradient once a chunk: 2,048 x 150k vocabulary x 2 bytes = 0.6 GB.
+CHUNK = {"cpu": 512, "cuda": 2048}
+CHUNK_KEPT = {"cpu": 512, "cuda": 8192}  # where all logits are kept in any case
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -25,7 +26,7 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, keep: bool
     ) -> tuple[Tensor, Tensor]:
         parts, kept = [], []
-        for part, target in _chunks(hidden, targets):
+        for part, target in _chunks(keep, hidden, targets):
             logits = part @ weight.T
             parts.append(_fused(_statistics, hidden.device.type)(logits, target, temperature))
             kept += [logits] if keep else []
@@ -41,19 +42,21 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight, targets, normalisers, *kept = ctx.saved_tensors
         hidden_grad = torch.empty_like(hidden)
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for index, parts in enumerate(_chunks(hidden, targets, normalisers, grad, hidden_grad)):
+        for index, parts in enumerate(_chunks(bool(kept), hidden, targets, normalisers, grad, hidden_grad)):
             part, target, normaliser, upstream, out = parts
             logits = kept[index] if kept else part @ weight.T
-            slope = _fused(_slope, hidden.device.type)(logits, target, normaliser, upstream, ctx.temperature)
+            # At the targets in a step of its own: fused into the other, it would cost a second array like the logits.
+            at_target = _fused(_slope, hidden.device.type)(logits, target, normaliser, upstream, ctx.temperature)
+            slope = logits.scatter_(-1, target[:, None], at_target)
             torch.mm(slope, weight, out=out)
             if weight_grad is not None:
-                weight_grad += _product(slope.T, part)
+                _add_product(weight_grad, slope.T, part)
             del logits, slope
         return hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype), None, None, None
 
 
-def _chunks(*arrays: Tensor) -> Any:
-    size = CHUNK[arrays[0].device.type]
+def _chunks(keep: bool, *arrays: Tensor) -> Any:
+    size = (CHUNK_KEPT if keep else CHUNK)[arrays[0].device.type]
     return zip(*(array.split(size) for array in arrays), strict=True)
 
 
@@ -74,19 +77,24 @@ def _statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Te
 
 
 def _slope(logits: Tensor, targets: Tensor, normaliser: Tensor, upstream: Tensor, temperature: float) -> Tensor:
-    """The gradient [C V] at the logits, in their place: upstream x (one-hot(target) - softmax) / temperature."""
-    softmax = (logits.float() / temperature).sub_(normaliser[:, None]).exp_()
+    """The gradient [C V] at the logits, upstream x (one-hot(target) - softmax) / temperature: in their place as if no
+    token were the target, and what it is at the targets [C 1].
+    """
     factor = upstream[:, None] / temperature
+    chosen = logits.gather(-1, targets[:, None]).float() / temperature
     # In fp32, before anything is rounded: where a target is nearly certain, little is left of it.
-    at_target = factor * (1.0 - softmax.gather(-1, targets[:, None]))
-    return logits.copy_(softmax.mul_(-factor)).scatter_(-1, targets[:, None], at_target.to(logits.dtype))
+    at_target = factor * (1.0 - (chosen - normaliser[:, None]).exp())
+    softmax = (logits.float() / temperature).sub_(normaliser[:, None]).exp_()
+    logits.copy_(softmax.mul_(-factor))
+    return at_target.to(logits.dtype)
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in fp32, not rounded to the dtype of the factors where the device can do without."""
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to an fp32 total, not rounded to the dtype of the factors where the device can do without."""
     if left.is_cuda and left.dtype != torch.float32:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left @ right
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total += left @ right
 
 
 @cache

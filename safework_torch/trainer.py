@@ -86,7 +86,6 @@ class TorchTrainer:
                 logprobs, entropy = self._policy(self._logprobs, rows)
                 loss, part = objective(loss_config, logprobs, entropy, token_arrays(rows.arrays))
                 loss.backward()
-            self._policy.end_microbatch()
             total += loss.detach()
             sums = part if sums is None else add_sums(sums, part)
         assert sums is not None, "a batch has rows"

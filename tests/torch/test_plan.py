@@ -35,11 +35,11 @@ ONE_AND_A_HALF_B |= {"num_attention_heads": 12, "num_key_value_heads": 2, "head_
 # Peaks of torch's allocator in GiB, from benchmarks/README.md: 64 sequences of 256 + 768 tokens in rows of 1,024.
 MEASURED = [
     (HALF_B, "h100:1", "none", 32, 48.1),
-    (HALF_B, "h100:1", "dots", 32, 45.8),
-    (HALF_B, "h100:1", "full", 32, 17.4),
-    (ONE_AND_A_HALF_B, "h100:1", "full", 32, 36.9),
-    (ONE_AND_A_HALF_B, "h100:1", "dots", 16, 61.8),
+    (HALF_B, "h100:1", "dots", 32, 40.0),
+    (HALF_B, "h100:1", "full", 32, 11.6),
+    (ONE_AND_A_HALF_B, "h100:1", "none", 16, 64.2),
     (HALF_B, "h100:2", "none", 64, 43.5),
+    (ONE_AND_A_HALF_B, "h100:2", "none", 32, 52.7),
 ]
 
 
