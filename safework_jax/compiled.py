@@ -16,6 +16,8 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, 
 _OPERATIONS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w-]+)\(")
 _CALLED = re.compile(r"(?:calls|body|condition|branch_computations|to_apply)=(?:\{([^}]*)\}|(%[\w.-]+))")
+# Between slices there are no collectives: the hosts do them, and a chip sends to its host what they need.
+_HOSTS = {"ALL_REDUCE": "all-reduce", "ONE_TO_ONE": "collective-permute"}
 # The compiler writes a reduce-scatter as an all-reduce and a slice, inside a computation of this name.
 _SCATTER = "all-reduce-scatter"
 
@@ -69,6 +71,8 @@ class CompiledText:
             match = _INSTRUCTION.match(line)
             assert match, line
             operation = match[3].removesuffix("-start")
+            if operation == "send" and (hosts := re.search(r'_xla_megascale_transfer_type="(\w+)"', line)):
+                found[caller, "send", match[1]] = _between_slices(_HOSTS[hosts[1]], line, match[2], runs)
             if operation not in _OPERATIONS or match[3].endswith("-done"):
                 continue
             # Between its start and its end a collective is copied into the computations that run meanwhile.
@@ -168,6 +172,15 @@ class CompiledText:
         """The mesh axes along which a group's members differ."""
         places = np.array(np.unravel_index(group, tuple(size for _, size in self._axes)))
         return tuple(name for (name, _), row in zip(self._axes, places, strict=True) if len(set(row.tolist())) > 1)
+
+
+def _between_slices(operation: str, line: str, result: str, runs: int) -> Collective:
+    """What one send to a host has slices do, along the axis that may span them."""
+    [kind, sizes], *_ = _arrays(result)
+    slices = re.search(r'_xla_megascale_target="\{([\d,]+)\}', line)
+    members = len(slices[1].split(",")) if slices else 2
+    size = _BYTES[kind] * math.prod(map(int, sizes.split(",")))
+    return Collective(operation, ("replica",), frozenset([kind]), size, members, runs)
 
 
 def _arrays(result: str) -> list[tuple[str, str]]:

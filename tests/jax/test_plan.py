@@ -12,7 +12,7 @@ import pytest
 
 from common.config import ConfigError, load_config
 from common.plan.report import PARTS, Plan
-from common.plan.target import read_target
+from common.plan.target import Target, read_target
 from safework_jax.config import MeshSection
 from safework_jax.layout import layout_on
 from safework_jax.main import open_plan
@@ -33,6 +33,7 @@ def planned(
     rows: int,
     frozen: Sequence[str] = (),
     offload: bool = False,
+    target: Target = TARGET,
     **shapes: int,
 ) -> Plan:
     """A plan of a model whose folder holds a config.json and nothing else."""
@@ -43,7 +44,7 @@ def planned(
     backend["offload_optimizer"] = offload
     batch = {"row_tokens": 256, "rows_per_microbatch": rows}
     run_file = write_run(folder, model, backend=backend, batch=batch, model={"frozen": list(frozen)})
-    return open_plan(load_config([run_file]), TARGET, parts)
+    return open_plan(load_config([run_file]), target, parts)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,12 @@ def test_a_chip_holds_its_part_of_what_lies_there(plan: Plan) -> None:
     update = plan.programs[0]
     assert update.argument_bytes >= 2 * plan.kinds["parameters"]
     assert update.resident_bytes == plan.kinds["moments"]
+
+
+def test_slices_sum_their_gradients(tmp_path: Path) -> None:
+    mesh, sizes = {"replica": 2, "fsdp": 2, "tensor": 2}, {"hidden_size": 256, "intermediate_size": 512}
+    update = planned(tmp_path, ("update",), mesh, 4, target=read_target("v5e:2x2", 2), **sizes).programs[0]
+    assert update.collective_bytes["replica"] == pytest.approx(update.least_bytes["replica"], rel=0.1)
 
 
 def test_frozen_parameters_have_no_moments_and_no_gradients(tmp_path: Path) -> None:
