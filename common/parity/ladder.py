@@ -146,11 +146,10 @@ def _relay(frozen: Sequence[str], giver: Path, taker: Path) -> Iterator[Rung]:
         worst = _worst([_worst_moment(moment, end, relay) for end in ends])
         yield Rung(f"{title}, {_title(moment)}", *_with_limit(worst, RELAY_MOMENTS))
     curves = [json.loads((folder / "curve.json").read_text()) for folder in (giver, taker)]
-    points = len(said["replayed"])
     for key in ("loss", "mean_logprob"):
-        straight = [_series(curve["replayed"][-points:], key) for curve in curves]
-        start = _series(curves[1]["start"][-points:], key)
-        yield _curve_rung(f"{title}, {_title(key)}", start, _series(said["replayed"], key), straight)
+        straight = [_series(curve, key) for curve in curves]
+        relayed = _series(said["replayed"], key)
+        yield _curve_rung(f"{title}, {_title(key)}", straight[1][0], relayed, straight)
 
 
 def _worst_update(frozen: Sequence[str], origin: Path, first: Path, second: Path) -> tuple[float, str]:
@@ -209,19 +208,22 @@ def _any_motion(left: np.ndarray, right: np.ndarray) -> float:
 def _curves(first: Path, second: Path) -> Iterator[Rung]:
     left, right = (json.loads((folder / "curve.json").read_text()) for folder in (first, second))
     for key in ("loss", "mean_logprob"):
-        start, ours, theirs = (_series(points, key) for points in (left["start"], left["replayed"], right["replayed"]))
-        yield _curve_rung(f"{_title(key)} over {len(ours) - 1} replayed steps", start, ours, [theirs])
+        ours, theirs = _series(left, key), _series(right, key)
+        yield _curve_rung(f"{_title(key)} over {len(ours) - 1} replayed steps", ours[0], ours, [theirs])
 
 
 def _series(points: Sequence[dict[str, float]], key: str) -> np.ndarray:
     return np.array([point[key] for point in points])
 
 
-def _curve_rung(title: str, start: np.ndarray, ours: np.ndarray, others: Sequence[np.ndarray]) -> Rung:
-    """A curve against others; `start`: the same points by the weights of the start."""
-    gaps, moved = np.abs(np.stack(others) - ours).max(axis=0), float(np.abs(ours - start).max())
+def _curve_rung(title: str, start: float, ours: np.ndarray, others: Sequence[np.ndarray]) -> Rung:
+    """A curve against the ends of others; `start`: what its last point was before the first update. Infinite where that
+    has not moved.
+    """
+    gaps = np.abs(np.stack([other[-len(ours) :] for other in others]) - ours).max(axis=0)
+    moved = float(np.abs(ours[-1] - start))
     where = f"step {np.argmax(gaps)}, moved by {moved:.3g}"
-    return Rung(title, float(np.max(gaps)), min(CURVE, CURVE_SHARE * moved), where)
+    return Rung(title, float(np.max(gaps)) if moved else np.inf, min(CURVE, CURVE_SHARE * moved), where)
 
 
 def table(rungs: Sequence[Rung]) -> Table:

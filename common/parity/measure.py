@@ -113,19 +113,18 @@ def _steps(trainer: ParityTrainer, recorded: list[TrainBatch], loss: LossConfig,
     (folder / "curve.json").write_text(json.dumps(_curve(trainer, recorded, loss, folder), indent=1))
 
 
-def _curve(trainer: ParityTrainer, recorded: list[TrainBatch], loss: LossConfig, folder: Path) -> dict[str, Curve]:
+def _curve(trainer: ParityTrainer, recorded: list[TrainBatch], loss: LossConfig, folder: Path) -> Curve:
     """The replayed steps, with the states at half of them and after them saved for the relay, which a single step has
-    not; `start`: the same points by the weights of the start, which tells how far the updates moved them.
+    not. The last point is of the first batch again, which tells how far the updates moved it.
     """
     visited = [off_policy(batch) for batch in recorded]
     half = len(visited) // 2
-    start = [_point(trainer, batch, loss) for batch in [*visited, visited[0]]]
     replayed: Curve = []
     for part, state in ((visited[:half], "half"), (visited[half:], "end")):
         replayed += replay(trainer, part, loss)
         if half:
             save(trainer, folder / state)
-    return {"start": start, "replayed": [*replayed, _point(trainer, visited[0], loss)]}
+    return [*replayed, _point(trainer, visited[0], loss)]
 
 
 def relay(config: RunConfig, trainer: ParityTrainer, recording: Path, other: Path, folder: Path) -> None:
