@@ -81,7 +81,8 @@ def _sequences(
 def pack(sequences: Sequence[TrainSequence], section: BatchSection) -> TrainBatch:
     """Rows of `row_tokens`, filled up to whole micro-batches with padding.
 
-    With `packed` off, one sequence a row. Ties keep the given order, so the result depends on the input alone.
+    With `packed` off, one sequence a row, in the given order. Ties keep that order too, so the result depends on the
+    input alone.
     """
     rows = _assign_rows(sequences, section)
     rows += [[]] * (-len(rows) % section.rows_per_microbatch)
@@ -111,7 +112,9 @@ class _Row:
 
 
 def _assign_rows(sequences: Sequence[TrainSequence], section: BatchSection) -> list[list[int]]:
-    """First fit by falling length; with shared prompts, group by group, and best where the prompt already is."""
+    """First fit by falling length; with shared prompts, group by group, and best where the prompt already is. Rows come
+    by falling work of attention, because the devices that share a micro-batch's rows wait for each other.
+    """
     if not section.packed:
         return [[index] for index in range(len(sequences))]
     share = section.share_prompts
@@ -132,7 +135,20 @@ def _assign_rows(sequences: Sequence[TrainSequence], section: BatchSection) -> l
         row = min(fitting, key=lambda row: row.cost(sequence, share))
         row.add(index, sequence, share)
         assert row.room >= 0, "the config check bounds prompt and response"
+    rows.sort(key=lambda row: -_seen([sequences[member] for member in row.members], share))
     return [row.members for row in rows]
+
+
+def _seen(sequences: Sequence[TrainSequence], share_prompts: bool) -> int:
+    """Pairs of a token and one that it sees, in a row of these sequences."""
+    total, held = 0, set[int]()
+    for sequence in sequences:
+        prompt, response = len(sequence.prompt), len(sequence.token_ids)
+        total += response * prompt + response * (response + 1) // 2
+        if not (share_prompts and sequence.group in held):
+            total += prompt * (prompt + 1) // 2
+        held.add(sequence.group)
+    return total
 
 
 def _empty_batch(num_rows: int, row_tokens: int) -> TrainBatch:

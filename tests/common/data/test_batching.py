@@ -169,6 +169,18 @@ def test_rows_by_example() -> None:
     np.testing.assert_array_equal(shared.previous, [[0, 0, 1, 2, 3, 4, 1, 6, 8, 8, 8, 10]])
 
 
+@pytest.mark.parametrize("mode", MODES[:2])
+@settings(max_examples=40, deadline=None)
+@given(shapes=SHAPES, spare=st.integers(0, 25))
+def test_rows_come_by_falling_work_of_attention(mode: tuple[bool, bool], shapes: list[Shape], spare: int) -> None:
+    batch = pack(sequences_of(groups_of(shapes)), section(longest(shapes) + spare, 1, mode))
+    segments, prefixes = batch.segment_ids, batch.prefix_ids
+    keys = segments[:, None, :]
+    sees = ((segments[:, :, None] == keys) | (prefixes[:, :, None] == keys)) & (segments[:, :, None] > 0)
+    work = np.tril(sees).sum((1, 2))
+    assert (np.diff(work) <= 0).all() and work[-1] > 0
+
+
 def test_packing_off_puts_one_sequence_into_a_row_in_the_given_order() -> None:
     shapes = [Shape(2, (3, 1)), Shape(1, (4,))]
     batch = pack(sequences_of(groups_of(shapes)), section(8, 2, (False, False)))
