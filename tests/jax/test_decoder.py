@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from flax import nnx
 from jax.sharding import Sharding, SingleDeviceSharding
 from safetensors.numpy import load_file, save_file
 
@@ -205,6 +206,18 @@ def test_layers_are_traced_once(monkeypatch: pytest.MonkeyPatch, folders: dict[s
     hidden(config, params, tokens(3, 8))
     hidden(DecoderConfig(**vars(config)), jax.tree.map(lambda x: x + 1, params), tokens(3, 8) // 2)
     assert traced == [(3, 8, 32)]
+
+
+def test_a_layer_rounds_its_sum_once(folders: dict[str, Path]) -> None:
+    config, params = load_model(folders["llama-tied-biased"], jnp.float32)
+    layer = jax.tree.map(lambda stacked: jnp.zeros_like(stacked[0]), params["layers"])
+    layer["attention"]["output"]["bias"] += 0.5
+    layer["mlp"]["down"]["bias"] += 0.75
+    block = nnx.merge(nnx.split(text.bind(config, params).layers)[0], layer)
+    x = jnp.full((1, 1, config.hidden_dim), 256, jnp.bfloat16)  # from there on bfloat16 has every second number
+    rotation = text.rotation_at(config.rope, jnp.zeros((1, 1), int))
+    found, _ = block(x, rotation, lambda query, new: (jnp.zeros_like(query), None))
+    assert found.dtype == jnp.bfloat16 and (found == 258).all()
 
 
 def test_bfloat16_is_computed_in_bfloat16_and_stays_close(folders: dict[str, Path]) -> None:

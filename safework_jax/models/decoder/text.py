@@ -177,8 +177,10 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, rotation: Rotation, attend: Attend) -> tuple[jax.Array, Any]:
         """x [B T D] -> ([B T D], what `attend` keeps)"""
         mixed, kept = self.attention(self.attention_norm(x), rotation, attend)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), kept
+        # Not rounded in the middle, where nothing is kept: compiled torch does not round there either.
+        middle = x.astype(jnp.float32) + mixed.astype(jnp.float32)
+        added = self.mlp(self.mlp_norm(middle).astype(x.dtype))
+        return (middle + added.astype(jnp.float32)).astype(x.dtype), kept
 
 
 class Decoder(nnx.Module):
