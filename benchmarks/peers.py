@@ -1,6 +1,6 @@
 """TRL's GRPO update on the cases of `train_step.py`, in the same run and form, so that the two can be compared.
 
-    pip install trl==1.16.0            in an environment of its own, beside this project's packages
+    pip install --no-deps -r benchmarks/peers.txt
     python benchmarks/peers.py 0.5b [--recompute full none] [--updates 5] [--rows 16] [--liger]
 
 TRL trains by its own loop; only what it would have sampled is given: random tokens, advantages and old logprobs. fp32

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config.method import OptimizerConfig
-from safework_torch.processes import gather_objects
+from safework_torch.processes import gather_rows
 from safework_torch.sharding import local
 
 # Elements updated at a time on a CPU: with all arrays of a slice in cache, memory is crossed once instead of ten times.
@@ -59,7 +59,7 @@ class AdamW:
     def gradient_norm(self) -> float:
         """Global norm of the gradients."""
         own = _norm([local(_gradient(parameter)) for parameter in self.named.values()])
-        return math.hypot(*gather_objects(float(own))) / math.sqrt(self._copies)
+        return math.hypot(*gather_rows(own.cpu()[None]).tolist()) / math.sqrt(self._copies)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
