@@ -26,10 +26,11 @@ import numpy as np
 import train_step
 
 from common.config import LoadedConfig, load_config
+from common.parity.measure import LEARNING_RATE
+from common.parity.recording import NOISE, batches, write_batch
 from common.types import TrainBatch
 
-RATE = 1e-5
-ORDERS, BATCHES, MOVED_BY = 3, 10, 0.1
+ORDERS, BATCHES = 3, 10
 SIDES = (("torch", "float32"), ("torch", "bfloat16"), ("jax", "bfloat16"))
 
 
@@ -58,32 +59,32 @@ def measure(case: str, engine: str, dtype: str, steps: int, folder: Path) -> Non
     trainer = open_engine(loaded, model)
     if engine == "torch" and dtype == "float32":
         record(case, loaded, trainer, folder)
-    batches = list(recorded(folder))
-    np.save(folder / f"{engine}-{dtype}.npy", trainer.logprobs(batches[0], "policy"))
+    recorded = batches(folder)
+    np.save(folder / f"{engine}-{dtype}.npy", trainer.logprobs(recorded[0], "policy"))
     if dtype == "float32":
         return
     curves = []
     for order in range(ORDERS):
         del trainer
         trainer = open_engine(loaded, model)
-        curves.append(list(replayed(trainer, batches, steps, order)))
+        curves.append(list(replayed(trainer, recorded, steps, order)))
     (folder / f"{engine}.json").write_text(json.dumps(curves))
 
 
-def replayed(trainer: Any, batches: list[TrainBatch], steps: int, order: int) -> Iterator[float]:
+def replayed(trainer: Any, recorded: list[TrainBatch], steps: int, order: int) -> Iterator[float]:
     """The first batch's mean logprob after each update."""
-    rng, first = np.random.default_rng(order), batches[0]
+    rng, first = np.random.default_rng(order), recorded[0]
     for _ in range(steps):
-        batch = batches[rng.integers(len(batches))]
-        noise = rng.normal(0.0, MOVED_BY, batch.sampling_logprobs.shape)
+        batch = recorded[rng.integers(len(recorded))]
+        noise = rng.normal(0.0, NOISE, batch.sampling_logprobs.shape)
         old = np.where(batch.sampled, batch.sampling_logprobs + noise, 0.0).astype(np.float32)
-        trainer.update(replace(batch, old_logprobs=old), RATE)
+        trainer.update(replace(batch, old_logprobs=old), LEARNING_RATE)
         yield float(trainer.logprobs(first, "policy")[first.sampled].mean())
 
 
 def report(case: str, folder: Path) -> None:
     """The figures of one case."""
-    first = next(recorded(folder))
+    first = batches(folder)[0]
     whole, torch_half, jax_half = (np.load(folder / f"{engine}-{dtype}.npy")[first.sampled] for engine, dtype in SIDES)
     own, between = np.abs(torch_half - whole), np.abs(torch_half - jax_half)
     ours, theirs = (np.array(json.loads((folder / f"{engine}.json").read_text())) for engine in ("torch", "jax"))
@@ -136,14 +137,7 @@ def record(case: str, loaded: LoadedConfig, trainer: Any, folder: Path) -> None:
     for number in range(BATCHES):
         batch = train_step.random_batch(shape, loaded.config.batch, number)
         exact = np.where(batch.sampled, trainer.logprobs(batch, "policy"), 0.0)
-        batch = replace(batch, sampling_logprobs=exact, old_logprobs=None)
-        np.savez(folder / f"batch-{number:03d}.npz", **{k: v for k, v in vars(batch).items() if v is not None})
-
-
-def recorded(folder: Path) -> Iterator[TrainBatch]:
-    """The batches, in order."""
-    for path in sorted(folder.glob("batch-*.npz")):
-        yield TrainBatch(**np.load(path))
+        write_batch(replace(batch, sampling_logprobs=exact, old_logprobs=None), folder, number)
 
 
 if __name__ == "__main__":

@@ -54,15 +54,9 @@ def measure(arguments: argparse.Namespace) -> None:
         parameters = train_step.write_model(Path(folder), train_step.SHAPES[case.shape])
         ends = trained(case, Path(folder), recompute == "full", arguments.updates, arguments.liger)
     seconds = (ends[-1] - ends[1]) / (len(ends) - 2)
-    tokens = case.sequences * (case.prompt + case.response)
-    mfu = train_step.flops(case, parameters) / seconds / train_step.PEAK_FLOPS
     memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     engine = "trl+lk" if arguments.liger else "trl"
-    print(
-        f"{name:16s} {engine:6s} {recompute:9s} {rows:4d} {tokens / seconds:9.0f} {mfu:6.1%} {memory:6.1f} "
-        f"{ends[0]:7.1f}",
-        flush=True,
-    )
+    train_step.show(name, case, engine, recompute, parameters, seconds, memory, ends[0])
 
 
 def trained(case: train_step.Case, model: Path, checkpointing: bool, updates: int, liger: bool) -> list[float]:

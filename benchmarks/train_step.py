@@ -122,14 +122,29 @@ def measure(arguments: argparse.Namespace) -> None:
             if arguments.profile and arguments.engine == "torch":
                 profile_torch(trainer, batch)
     if leads:
-        count = int(os.environ.get("WORLD_SIZE", "1"))
-        tokens = case.sequences * (case.prompt + case.response)
-        mfu = flops(case, parameters) / seconds / PEAK_FLOPS / count
-        print(
-            f"{name:16s} {arguments.engine:6s} {recompute:9s} {case.rows_per_microbatch:4d} {tokens / seconds:9.0f} "
-            f"{mfu:6.1%} {trainer.peak_memory_gib():6.1f} {first:7.1f}",
-            flush=True,
-        )
+        cards = int(os.environ.get("WORLD_SIZE", "1"))
+        show(name, case, arguments.engine, recompute, parameters, seconds, trainer.peak_memory_gib(), first, cards)
+
+
+def show(
+    name: str,
+    case: Case,
+    engine: str,
+    recompute: str,
+    parameters: int,
+    seconds: float,
+    gib: float,
+    first: float,
+    cards: int = 1,
+) -> None:
+    """A line under HEAD, of updates that take so many seconds each, the first one `first`."""
+    tokens = case.sequences * (case.prompt + case.response)
+    mfu = flops(case, parameters) / seconds / PEAK_FLOPS / cards
+    print(
+        f"{name:16s} {engine:6s} {recompute:9s} {case.rows_per_microbatch:4d} {tokens / seconds:9.0f} {mfu:6.1%} "
+        f"{gib:6.1f} {first:7.1f}",
+        flush=True,
+    )
 
 
 def flops(case: Case, parameters: int) -> float:

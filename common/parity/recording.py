@@ -39,7 +39,13 @@ def record(config: RunConfig, data: Data, sampler: RolloutSampler, folder: Path,
         [batch] = train_batches(
             groups_only, credit, one_update, config.batch, config.rollout.max_new_tokens, totals.size
         )
-        np.savez(folder / f"batch-{step:03d}.npz", **{k: v for k, v in vars(batch).items() if v is not None})
+        write_batch(batch, folder, step)
+
+
+def write_batch(batch: TrainBatch, folder: Path, number: int) -> None:
+    """Write one batch where `batches` finds it."""
+    arrays = {name: array for name, array in vars(batch).items() if array is not None}
+    np.savez(folder / f"batch-{number:03d}.npz", **arrays)
 
 
 def batches(folder: Path) -> list[TrainBatch]:
