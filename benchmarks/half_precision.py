@@ -103,17 +103,16 @@ def report(case: str, folder: Path) -> None:
 
 def opened(case: str, engine: str, dtype: str, folder: Path) -> tuple[LoadedConfig, Path]:
     """The config of a side, and its model's folder."""
+    numbers = [f"backend.dtype={dtype}", f"backend.torch.compile={dtype == 'bfloat16'}".lower()]
     if case == "smollm2":
         from common.experiment import policy_folder
 
-        words = [f"backend.name={engine}", f"backend.dtype={dtype}", "backend.threads=0"]
-        loaded = load_config(["configs/quickstart.yaml"], words)
+        loaded = load_config(["configs/quickstart.yaml"], [f"backend.name={engine}", "backend.threads=0", *numbers])
         return loaded, policy_folder(loaded)
     model, shape = folder / "model", train_step.CASES[case]
     if not model.exists():
         train_step.write_model(model, train_step.SHAPES[shape.shape])
-    more = [f"backend.dtype={dtype}", "batch.share_prompts=false", f"backend.torch.compile={dtype == 'bfloat16'}"]
-    return train_step.load(shape, engine, "dots", model, [word.lower() for word in more]), model
+    return train_step.load(shape, engine, "dots", model, numbers), model
 
 
 def open_engine(loaded: LoadedConfig, model: Path) -> Any:

@@ -1,7 +1,8 @@
 """Attention of packed rows: who sees whom, and which kernel computes it.
 
-    one sequence in a row, on a GPU     SDPA's causal kernel (cuDNN's first): padding comes last, where nothing sees it
-    everything else                     SDPA with a mask, the reference
+    on a GPU, one sequence in a row     SDPA's causal kernel (cuDNN's first): padding comes last, where nothing sees it
+    on a GPU, everything else           flex attention, which passes over blocks of tokens that are not seen
+    on a CPU, and while sampling        SDPA with a mask, the reference
 
 Masks are made from explicit segment ids and positions, and never inferred.
 """
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, PreTrainedConfig
 
 PACKED = "safework_packed"  # the name under which transformers calls `packed_attention`
@@ -33,7 +35,10 @@ _KERNELS = [
 # Under a mask cuDNN's kernel and others have given different gradients on an H100 (torch 2.11).
 _MASKED_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-Mask = Tensor | None
+_flex = torch.compile(flex_attention)  # without a compiler it would compute every score
+BLOCK = 128  # tokens of a block of flex attention's mask
+
+Mask = Tensor | BlockMask | None
 Made = TypeVar("Made")
 
 
@@ -78,7 +83,60 @@ def _mask(packing: Packing, window: int | None, device: torch.device) -> Mask:
     is_unlimited = window is None or window >= packing.positions.shape[1]
     if device.type != "cpu" and is_unlimited and is_causal(packing):
         return None
+    if device.type != "cpu":
+        return block_mask(packing, window, device)
     return reference_mask(packing, window, device)
+
+
+def block_mask(packing: Packing, window: int | None, device: torch.device) -> BlockMask:
+    """Who sees whom, for flex attention. Blocks are worked out on the host, so that it need not ask the device."""
+    positions, segments, prefixes = (sent(array, device) for array in packing)
+
+    def sees(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        segment = segments[row, key]
+        seen = (segments[row, query] == segment) | (prefixes[row, query] == segment)
+        if window is not None:
+            seen = seen & (positions[row, query] - positions[row, key] < window)
+        return seen & (query >= key)
+
+    # The kernel finds the lists of a row by the stride of heads, which numpy would leave 0.
+    lists = [sent(array, device)[:, None] for blocks in seen_blocks(packing, window) for array in _listed(blocks)]
+    length = packing.segment_ids.shape[1]
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(length, length))
+
+
+def seen_blocks(packing: Packing, window: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Of which blocks the tokens of a block may see some, and of which others all: bool [B N N] each, queries first."""
+    rows, length = packing.segment_ids.shape
+    blocks = -(-length // BLOCK)
+    first = np.arange(blocks) * BLOCK
+    row, block = np.arange(rows)[:, None], (np.arange(length) // BLOCK)[None]
+    owned = np.zeros((rows, blocks, packing.segment_ids.max() + 1), np.int32)  # tokens of each segment
+    np.add.at(owned, (row, block, packing.segment_ids), 1)
+    seeing = owned.copy()  # tokens that see each segment
+    np.add.at(seeing, (row, block, packing.prefix_ids), packing.prefix_ids != packing.segment_ids)
+    sizes = np.minimum(length - first, BLOCK)
+    some = np.einsum("bqi,bki->bqk", seeing > 0, owned > 0)
+    every = ~np.einsum("bqi,bki->bqk", seeing < sizes[:, None], owned > 0)
+    nearest, farthest = _distances(packing.positions, first)
+    if window is not None:
+        some &= nearest < window
+        every &= farthest < window
+    earlier = first[:, None] > first
+    every &= earlier
+    return some & (first[:, None] >= first) & ~every, every
+
+
+def _distances(positions: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of how far keys of a block lie behind queries of a block, in positions: int32 [B N N] each."""
+    low, high = (cut.reduceat(positions, first, axis=1) for cut in (np.minimum, np.maximum))
+    return low[:, :, None] - high[:, None], high[:, :, None] - low[:, None]
+
+
+def _listed(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """bool [B N N] -> how many a block sees, int32 [B N], and which, these first, int32 [B N N]."""
+    which = np.argsort(~blocks, axis=-1, stable=True)
+    return blocks.sum(-1, dtype=np.int32), which.astype(np.int32)
 
 
 def is_causal(packing: Packing) -> bool:
@@ -97,6 +155,8 @@ def packed_attention(
     query, key = query.to(value.dtype), key.to(value.dtype)
     if attention_mask is None:
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    elif isinstance(attention_mask, BlockMask):
+        mixed = _flex(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True)
     elif query.is_cuda:
         group = query.shape[1] // key.shape[1]
         keys, values = (heads.repeat_interleave(group, dim=1) for heads in (key, value))

@@ -41,11 +41,10 @@ class LayerBytes(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows of a micro-batch on one GPU, tokens of each, and whether attention needs a mask to tell sequences apart."""
+    """Rows of a micro-batch on one GPU, and tokens of each."""
 
     number: int
     length: int
-    masked: bool
 
 
 def layer_bytes(
@@ -68,21 +67,19 @@ def layer_bytes(
 
 
 def _layer_call(model: Any, dtype: torch.dtype, rows: Rows) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """A layer as a function of its input, rotary turns, mask and weights, and these."""
+    """A layer as a function of its input, rotary turns and weights, and these."""
     config, layer = model.config, model.model.layers[0]
     x = torch.empty(rows.number, rows.length, config.hidden_size, dtype=dtype, requires_grad=True)
     cos, sin = (torch.empty(1, rows.length, head_dim(config.to_dict())) for _ in range(2))
-    mask = torch.empty(rows.number, 1, rows.length, rows.length, dtype=torch.bool)
     for name, weight in list(layer.named_parameters()):
         put(nn.Parameter(torch.empty(weight.shape, dtype=dtype)), layer, name)
     weights = dict(layer.named_parameters())
 
-    def run(x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, *given: Tensor) -> Tensor:
+    def run(x: Tensor, cos: Tensor, sin: Tensor, *given: Tensor) -> Tensor:
         own = dict(zip(weights, given, strict=True))
-        told = {"attention_mask": mask if rows.masked else None, "position_embeddings": (cos, sin)}
-        return torch.func.functional_call(layer, own, (x,), told)
+        return torch.func.functional_call(layer, own, (x,), {"attention_mask": None, "position_embeddings": (cos, sin)})
 
-    return run, [x, cos, sin, mask, *weights.values()]
+    return run, [x, cos, sin, *weights.values()]
 
 
 def _counted(run: Callable[..., Tensor], inputs: list[Tensor]) -> LayerBytes:
@@ -196,27 +193,12 @@ def _is(node: Node, names: tuple[str, ...]) -> bool:
 
 
 def _on_gpu(
-    _layer: object,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    **_: object,
+    _layer: object, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **_: object
 ) -> tuple[Tensor, None]:
-    """`packed_attention` by the kernels that a GPU would choose: cuDNN's causal one, memory-efficient under a mask."""
+    """`packed_attention` by cuDNN's causal kernel; flex attention keeps and needs the same."""
     query, key = query.to(value.dtype), key.to(value.dtype)
-    if attention_mask is None:
-        kernel = partial(torch.ops.aten._scaled_dot_product_cudnn_attention, query, key, value, None)
-        mixed = kernel(True, 0.0, True, False, scale=scaling)[0]
-    else:
-        group = query.shape[1] // key.shape[1]
-        keys, values = (heads.repeat_interleave(group, dim=1) for heads in (key, value))
-        term = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, -torch.inf)
-        term = term.expand(-1, query.shape[1], -1, -1)
-        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-        mixed = kernel(query, keys, values, term, True, 0.0, False, scale=scaling)[0]
-    return mixed.transpose(1, 2).contiguous(), None
+    kernel = partial(torch.ops.aten._scaled_dot_product_cudnn_attention, query, key, value, attention_mask)
+    return kernel(True, 0.0, True, False, scale=scaling)[0].transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(_ON_GPU, _on_gpu)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from common.config import ConfigError, LoadedConfig, RunConfig
 from common.config.sentences import sentence
-from common.data.model_config import head_dim, layer_windows, num_kv_heads
+from common.data.model_config import head_dim, num_kv_heads
 from common.plan.model import forward_flops, frozen_notes, planned_model
 from common.plan.report import Plan, ProgramPlan, with_remedy
 from common.plan.target import Target
@@ -41,11 +41,9 @@ class _Job(NamedTuple):
 
     @property
     def rows(self) -> Rows:
-        """Those of one GPU. Packed ones hold several sequences, which a mask must tell apart."""
+        """Those of one GPU."""
         batch = self.config.batch
-        slides = any(window is not None and window < batch.row_tokens for window in layer_windows(self.hf))
-        masked = batch.packed or slides
-        return Rows(batch.rows_per_microbatch // self.target.num_chips, batch.row_tokens, masked)
+        return Rows(batch.rows_per_microbatch // self.target.num_chips, batch.row_tokens)
 
 
 class _Weights(NamedTuple):
