@@ -11,20 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from common.config.method import OptimizerConfig
 from safework_jax.frozen import Frozen
 from safework_jax.models.decoder.names import is_stacked
-from safework_jax.sharding import mesh_of, parameter_path, place, placed_like_parameters
+from safework_jax.sharding import HOST, mesh_of, parameter_path, place, placed_like_parameters, resting
 
 
 def _is_matrix(path: tuple[Any, ...], leaf: jax.Array) -> bool:
     # A stacked norm weight is [L D] and still a vector: its leading dimension counts layers.
     return leaf.ndim - is_stacked(parameter_path(path)) >= 2
-
-
-HOST = "pinned_host"  # JAX's name for memory of the host from which devices copy
 
 
 def init_moments(params: Any, *, offload: bool) -> optax.ScaleByAdamState:
@@ -37,11 +34,6 @@ def init_moments(params: Any, *, offload: bool) -> optax.ScaleByAdamState:
 
     first, second = (jax.tree.map(zeros, params) for _ in range(2))
     return optax.ScaleByAdamState(step_count(params, 0), first, second)
-
-
-def resting(sharding: Sharding, *, offload: bool) -> Sharding:
-    """Where the moments of a parameter lie between updates."""
-    return sharding.with_memory_kind(HOST) if offload else sharding
 
 
 def step_count(params: Any, steps: int) -> jax.Array:

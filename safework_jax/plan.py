@@ -17,7 +17,7 @@ from jax import sharding as placing
 from jax.experimental import topologies
 
 from common.config import ConfigError, LoadedConfig, RunConfig
-from common.plan.model import forward_flops, frozen_notes, planned_model
+from common.plan.model import forward_flops, frozen_notes, planned_model, savings
 from common.plan.report import Plan, ProgramPlan, with_remedy
 from common.plan.target import Target
 from common.trainer import Sampling
@@ -26,7 +26,7 @@ from safework_jax.attention import KeyValues
 from safework_jax.compiled import CompiledText
 from safework_jax.config import JaxSection, MeshSection
 from safework_jax.models.decoder.text import DecoderConfig, Params, init_params
-from safework_jax.sharding import AXES, ROWS, mesh_over, parameter_path, parameter_sharding
+from safework_jax.sharding import AXES, ROWS, mesh_over, parameter_path, parameter_sharding, resting
 
 _ROW_ARRAYS = {
     **dict.fromkeys(("token_ids", "positions", "segment_ids", "prefix_ids", "previous"), jnp.int32),
@@ -92,22 +92,24 @@ def _compiled(job: _Job) -> Plan:
         "gradients": trained,
         "rows of a micro-batch": batch,
     }
-    if job.config.loss.kl_coef:
+    arriving = weights if job.config.loss.kl_coef and job.config.backend.offload_reference else 0
+    if job.config.loss.kl_coef and not arriving:
         kinds["reference"] = weights
     if job.config.ema.decay is not None:
         kinds["average"] = weights
     besides = kinds.get("reference", 0) + kinds.get("average", 0)
     found, notes = [], frozen_notes(job.config)
-    for name, held, work, compile_program in _lowered(job, program, params, mesh):
+    for name, own, work, compile_program in _lowered(job, program, params, mesh):
+        held = own + besides + (arriving if name == "logprobs" else 0)
         begun = time.monotonic()
         try:
             compiled = compile_program()
         except jax.errors.JaxRuntimeError as error:
-            found.append(ProgramPlan(name, 0, _wanted(name, error), held + besides, 0.0, {}, {}, 0.0, 0.0, 0.0))
+            found.append(ProgramPlan(name, 0, _wanted(name, error), held, 0.0, {}, {}, 0.0, 0.0, 0.0))
             notes += (f"The compiler refuses {name!r}; what it says it needs stands among temporaries.",)
         else:
             seconds = time.monotonic() - begun
-            found.append(_read(job, name, held + besides, work / job.target.num_chips, compiled, seconds))
+            found.append(_read(job, name, held, work / job.target.num_chips, compiled, seconds))
     return Plan(job.target, kinds, tuple(found), notes)
 
 
@@ -156,9 +158,7 @@ def _lowered(
         yield "update: a micro-batch", moments_held, (3 + again) * forward, accumulate.compile
         count: Any = _shape((), jnp.int32, mesh)
         offload = config.backend.offload_optimizer
-        moment = jax.tree.map(
-            lambda leaf: leaf.update(sharding=optimizer.resting(leaf.sharding, offload=offload)), trained
-        )
+        moment = jax.tree.map(lambda leaf: leaf.update(sharding=resting(leaf.sharding, offload=offload)), trained)
         moments = optax.ScaleByAdamState(count, moment, moment)
         number = _shape((), jnp.float32, mesh)
         step = optimizer.lower_step(config.optimizer, trained, moments, trained, number, program.frozen)
@@ -209,10 +209,9 @@ def _changes(job: _Job) -> Iterator[tuple[str, _Job]]:
             f"batch.rows_per_microbatch={fewest}",
             job._replace(config=job.config.model_copy(update={"batch": smaller})),
         )
-    for key, value, shown in (("recompute", "full", "full"), ("offload_optimizer", True, "true")):
+    for key, value, shown in savings(job.config):
         changed = backend.model_copy(update={key: value})
-        if changed != backend:
-            yield f"backend.{key}={shown}", job._replace(config=job.config.model_copy(update={"backend": changed}))
+        yield f"backend.{key}={shown}", job._replace(config=job.config.model_copy(update={"backend": changed}))
     if mesh.replica > job.target.slices and mesh.replica % 2 == 0:
         split = mesh.model_copy(update={"replica": mesh.replica // 2, "fsdp": mesh.fsdp * 2})
         yield f"backend.jax.mesh.replica={split.replica} backend.jax.mesh.fsdp={split.fsdp}", job._replace(mesh=split)

@@ -75,6 +75,12 @@ def logprobs(params: Params, rows: Arrays, program: Program) -> tuple[jax.Array,
 
 
 @partial(jax.jit, static_argnames="mesh")
+def arrived(params: Params, mesh: Mesh) -> Params:
+    """Parameters that rest in host memory, on the devices."""
+    return placed_like_parameters(jax.device_put(params, jax.memory.Space.Device), mesh)
+
+
+@partial(jax.jit, static_argnames="mesh")
 def no_gradients(params: Params, mesh: Mesh) -> Params:
     """Zeros shaped and placed like the parameters."""
     return placed_like_parameters(jax.tree.map(jnp.zeros_like, params), mesh)

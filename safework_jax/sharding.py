@@ -16,6 +16,7 @@ from safework_jax.config import MeshSection
 
 AXES = ("replica", "fsdp", "context", "tensor")
 ROWS = PartitionSpec(("replica", "fsdp"))
+HOST = "pinned_host"  # JAX's name for memory of the host from which devices copy
 
 # First match wins. Stacked blocks have a leading layer dimension, which is never split.
 PLACEMENT = (
@@ -105,8 +106,8 @@ def placed_like_parameters(tree: Any, mesh: Mesh | None) -> Any:
     )
 
 
-def parameter_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """Where the table puts a parameter.
+def parameter_sharding(path: str, shape: tuple[int, ...], mesh: Mesh, *, offload: bool = False) -> Sharding:
+    """Where the table puts a parameter; offloaded, in host memory.
 
     Raises ConfigError when a dimension does not divide over the devices it is placed on.
     """
@@ -117,7 +118,12 @@ def parameter_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSh
                 f"backend.jax.mesh.{axis} = {mesh.shape[axis]}: does not divide {path} of shape {shape}. "
                 f"Choose a number of devices that divides {size}."
             )
-    return NamedSharding(mesh, spec)
+    return resting(NamedSharding(mesh, spec), offload=offload)
+
+
+def resting(sharding: Sharding, *, offload: bool) -> Sharding:
+    """Where arrays lie, or rest, offloaded, in the memory of those devices' hosts."""
+    return sharding.with_memory_kind(HOST) if offload else sharding
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:

@@ -13,10 +13,13 @@ class TorchSection(EngineSection):
     """compile: torch.compile on the decoder blocks (a GPU gains; the CPU's first step gets slower).
 
     sharding: what several processes share of weights, gradients and moments (`sharding.py` says what that costs).
+    offload_parameters: the fp32 weights rest in host memory, and gradients with them; 4 bytes a parameter less on the
+    device between updates, 8 or 10 during one, and each update brings all of them there and back.
     """
 
     compile: bool = False
     sharding: Sharding = "zero3"
+    offload_parameters: bool = False
 
 
 SECTION = TorchSection

@@ -38,19 +38,26 @@ class Numbers(NamedTuple):
 class AdamW:
     """fp32 moments of the part of each named parameter that this process holds, and the number of steps taken.
 
-    copies: how often each part is there among the processes of the run. offload: moments rest in host memory, and come
-    to the device for the step of their layer.
+    device: where steps are computed; what rests in host memory comes there for the step of its layer. copies: how often
+    each part is there among the processes of the run. offload: moments rest in host memory.
     """
 
     def __init__(
-        self, named: Mapping[str, nn.Parameter], config: OptimizerConfig, copies: int = 1, *, offload: bool = False
+        self,
+        named: Mapping[str, nn.Parameter],
+        config: OptimizerConfig,
+        device: torch.device,
+        copies: int = 1,
+        *,
+        offload: bool = False,
     ) -> None:
         self._config = config
+        self._device = device
         self._copies = copies
         self._offload = offload
         self.named = dict(named)
         self.first_moment, self.second_moment = (
-            {name: _zeros_like(local(parameter.detach()), offload) for name, parameter in named.items()}
+            {name: _zeros(local(parameter.detach()), device, offload) for name, parameter in named.items()}
             for _ in range(2)
         )
         self.steps = 0
@@ -73,37 +80,38 @@ class AdamW:
         config = self._config
         scale = min(1.0, config.clip_norm / norm) if norm > 0 else 1.0
         numbers = Numbers(scale, 1.0 - config.beta1**self.steps, 1.0 - config.beta2**self.steps, learning_rate)
-        device = next(iter(self.named.values())).device
-        if device.type == "cuda":
-            numbers = Numbers(*torch.tensor(numbers, device=device).unbind())
-        step = _compiled() if device.type == "cuda" else _step_in_slices
+        on_gpu = self._device.type == "cuda"
+        if on_gpu:
+            numbers = Numbers(*torch.tensor(numbers, device=self._device).unbind())
+        step = _compiled() if on_gpu else _step_in_slices
+        travels = self._offload or any(weight.device != self._device for weight in self.named.values())
         for names in self._layers:
             decays = [config.weight_decay if self.named[name].ndim >= 2 else 0.0 for name in names]
             arrays = [self._on_device(name) for name in names]
             step(arrays, decays, numbers, config)
-            for name, (_, _, first, second) in zip(names, arrays, strict=True):
+            for name, (weight, _, first, second) in zip(names, arrays, strict=True):
+                _rest(weight, local(self.named[name]))
                 _rest(first, self.first_moment[name])
                 _rest(second, self.second_moment[name])
-        if self._offload and device.type == "cuda":
-            torch.cuda.current_stream().synchronize()  # moments are on their way to the host
+        if on_gpu and travels:
+            torch.cuda.current_stream().synchronize()  # the last may be on their way to the host
 
-    def _on_device(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _on_device(self, name: str) -> list[Tensor]:
         """The parts of a weight, its gradient and its moments that this process holds."""
-        weight, gradient = local(self.named[name]), local(_gradient(self.named[name]))
-        first = self.first_moment[name].to(weight.device, non_blocking=True)
-        second = self.second_moment[name].to(weight.device, non_blocking=True)
-        return weight, gradient, first, second
+        own = local(self.named[name]), local(_gradient(self.named[name]))
+        moments = self.first_moment[name], self.second_moment[name]
+        return [array.to(self._device, non_blocking=True) for array in (*own, *moments)]
 
 
-def _zeros_like(part: Tensor, offload: bool) -> Tensor:
+def _zeros(like: Tensor, device: torch.device, offload: bool) -> Tensor:
     if not offload:
-        return torch.zeros_like(part)
-    return torch.zeros_like(part, device="cpu", pin_memory=part.is_cuda)
+        return torch.zeros_like(like, device=device)
+    return torch.zeros_like(like, device="cpu", pin_memory=device.type == "cuda")
 
 
-def _rest(moment: Tensor, resting: Tensor) -> None:
-    if moment is not resting:
-        resting.copy_(moment, non_blocking=True)
+def _rest(array: Tensor, resting: Tensor) -> None:
+    if array is not resting:
+        resting.copy_(array, non_blocking=True)
 
 
 def _norm(arrays: list[Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from common.config import ConfigError, LoadedConfig, RunConfig
 from common.config.sentences import sentence
 from common.data.model_config import head_dim, num_kv_heads
-from common.plan.model import forward_flops, frozen_notes, planned_model
+from common.plan.model import forward_flops, frozen_notes, planned_model, savings
 from common.plan.report import Plan, ProgramPlan, with_remedy
 from common.plan.target import Target
 from safework_torch.compiled import Rows, layer_bytes
@@ -92,12 +92,13 @@ def _counted(job: _Job) -> Plan:
     """Each part of the job, and what lies on a GPU all the time."""
     weights, config = _weights(job), job.config
     moments = 0 if config.backend.offload_optimizer else 8 * weights.own_trained
-    kinds = {"parameters, fp32": 4 * weights.own, "moments": moments}
+    masters = 0 if job.section.offload_parameters else 4 * weights.own
+    kinds = {"parameters, fp32": masters, "moments": moments}
     if job.target.num_chips == 1:
         kinds["parameters, bf16"] = _WIDTH * weights.own
     if config.ema.decay is not None:
         kinds["average"] = 4 * weights.own
-    if config.loss.kl_coef:
+    if config.loss.kl_coef and not config.backend.offload_reference:
         kinds["reference"] = _WIDTH * weights.own
     held = sum(kinds.values())
     programs = []
@@ -143,24 +144,25 @@ def _update(job: _Job, weights: _Weights) -> _Found:
     work = (3 + again) * _forward(job)
     several = job.target.num_chips > 1
     copies = 0 if several else _WIDTH * weights.all
-    temporaries = _gradients(job, weights) + max(passes, copies, _moments_of_a_layer(job, weights))
+    temporaries = _gradients(job, weights) + max(passes, copies, _visitors(job, weights))
     if several:
         temporaries += _gathered(job, weights) + _reduced(job, weights)
     return temporaries, work, _sent(job, weights)
 
 
 def _gradients(job: _Job, weights: _Weights) -> int:
-    """Of the micro-batches before, fp32: whole under zero1, or else where the weights are."""
+    """Of the micro-batches before, fp32: whole under zero1, or else where the weights are, which may be the host."""
     if job.target.num_chips > 1 and job.section.sharding == "zero1":
         return 4 * weights.trained
-    return 4 * weights.own_trained
+    return 0 if job.section.offload_parameters else 4 * weights.own_trained
 
 
-def _moments_of_a_layer(job: _Job, weights: _Weights) -> int:
-    """At most, those that rest on the host and come for the step of a layer, or of what is outside layers."""
-    if not job.config.backend.offload_optimizer:
-        return 0
-    return 8 * max(weights.layer, weights.outside) * weights.own // weights.all
+def _visitors(job: _Job, weights: _Weights) -> int:
+    """What rests on the host and comes for the step of a layer, or of what is outside layers: moments; weights and
+    gradients.
+    """
+    resting = job.config.backend.offload_optimizer + job.section.offload_parameters
+    return 8 * resting * max(weights.layer, weights.outside) * weights.own // weights.all
 
 
 def _gathered(job: _Job, weights: _Weights) -> int:
@@ -201,6 +203,8 @@ def _logprobs(job: _Job, weights: _Weights) -> _Found:
     temporaries = 2 * layer.kept + _outside_layers(job) + _head(job, weights, keeps=False, backward=False)
     if job.target.num_chips > 1:
         temporaries += _gathered(job, weights)
+    elif job.config.loss.kl_coef and job.config.backend.offload_reference:
+        temporaries += _WIDTH * weights.all
     return temporaries, _forward(job), _sent_once(job, weights)
 
 
@@ -260,12 +264,15 @@ def _changes(job: _Job) -> Iterator[tuple[str, _Job]]:
         job = job._replace(config=job.config.model_copy(update={"batch": smaller}))
         words += f" batch.rows_per_microbatch={fewest}"
         yield words.strip(), job
-    for key, value, shown in (("recompute", "full", "full"), ("offload_optimizer", True, "true")):
+    for key, value, shown in savings(job.config):
         changed = job.config.backend.model_copy(update={key: value})
-        if changed != job.config.backend:
-            job = job._replace(config=job.config.model_copy(update={"backend": changed}))
-            words += f" backend.{key}={shown}"
+        job = job._replace(config=job.config.model_copy(update={"backend": changed}))
+        words += f" backend.{key}={shown}"
+        yield words.strip(), job
+    own = [("sharding", "zero3", "zero3")] if fewest > 1 else []
+    for key, value, shown in (*own, ("offload_parameters", True, "true")):
+        changed = job.section.model_copy(update={key: value})
+        if changed != job.section:
+            job = job._replace(section=changed)
+            words += f" backend.torch.{key}={shown}"
             yield words.strip(), job
-    if fewest > 1 and job.section.sharding != "zero3":
-        job = job._replace(section=job.section.model_copy(update={"sharding": "zero3"}))
-        yield f"{words} backend.torch.sharding=zero3".strip(), job

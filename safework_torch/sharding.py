@@ -10,8 +10,8 @@ Bytes a process holds for each parameter, at N processes, R of them on one host,
     zero3    12/N               16/N + one layer    weights gathered layer by layer, forward and backward
     hybrid   12/R               16/R + one layer    zero3 within each host, gradients summed across hosts
 
-8 of these are moments, which `backend.offload_optimizer` leaves with the host. Frozen weights have neither moments nor
-gradients.
+8 of these are moments, which `backend.offload_optimizer` leaves with the host. `backend.torch.offload_parameters`
+leaves the fp32 weights there, and their gradients with them. Frozen weights have neither moments nor gradients.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
@@ -41,12 +41,19 @@ Result = TypeVar("Result")
 class Whole(nn.Module):
     """A model and the work with it, which every process does at the same time, or else within `gathered`. It comes
     empty, and `read` gives it weights.
+
+    offload: the fp32 weights of what is trained rest in host memory, and their gradients with them; those of a model
+    that is not come to the device for its work alone.
     """
 
-    def __init__(self, model: PreTrainedModel, mode: Sharding, dtype: torch.dtype) -> None:
+    def __init__(self, model: PreTrainedModel, mode: Sharding, dtype: torch.dtype, *, offload: bool = False) -> None:
         super().__init__()
         self.model = model
         self._mode: Sharding = mode
+        self._offload = offload
+        self._is_trained = any(weight.requires_grad for weight in model.parameters())
+        self._resting: dict[nn.Parameter, Tensor] = {}
+        self._device: torch.device
         self._modules_in_shards: list[FSDPModule] = []
         self._copies_of_masters: list[Tensor] = []
         self.masters: dict[str, nn.Parameter]
@@ -55,20 +62,27 @@ class Whole(nn.Module):
             self._shard()
 
     def read(self, folder: Path, device: torch.device) -> None:
-        """Read the weights that this process holds from a model's folder to a device."""
-        fill(self.model, folder, device)
+        """Read the weights that this process holds from a model's folder, for work on a device."""
+        self._device = device
+        fill(self.model, folder, torch.device("cpu") if self._offload else device)
+        self.model.model.rotary_emb.to(device)
         self.masters = self._masters()
+        if self._offload and not self._is_trained and not self._modules_in_shards:
+            self._resting = {weight: _pinned(weight.data) for weight in self.masters.values()}
+            self.release()
 
     def _masters(self) -> dict[str, nn.Parameter]:
         """The fp32 weights, by name. Products in another dtype use copies, whose gradients are added up in fp32; in
         shards FSDP makes them.
         """
         named = dict(self.model.named_parameters())
-        if self._modules_in_shards or all(weight.dtype == self._dtype for weight in named.values()):
+        needs_copies = (self._offload and self._is_trained) or any(w.dtype != self._dtype for w in named.values())
+        if self._modules_in_shards or not needs_copies:
             return named
-        masters = {name: nn.Parameter(copy.data, copy.requires_grad) for name, copy in named.items()}
+        kept = _pinned if self._offload else Tensor.detach
+        masters = {name: nn.Parameter(kept(copy.data), copy.requires_grad) for name, copy in named.items()}
         for name, copy in named.items():
-            copy.data = copy.data.to(self._dtype)
+            copy.data = copy.data.to(self._device, self._dtype, copy=True)
             if copy.requires_grad:
                 copy.register_post_accumulate_grad_hook(partial(_hand_on, masters[name]))
         self._copies_of_masters = [*named.values()]
@@ -92,6 +106,8 @@ class Whole(nn.Module):
             "mp_policy": MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False),
             "reshard_after_forward": self._mode in ("zero3", "hybrid"),
         }
+        if self._offload:
+            placed["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
         for layer in self.model.model.layers:
             fully_shard(layer, **placed)
         fully_shard(self, **{**placed, "reshard_after_forward": False})
@@ -103,6 +119,9 @@ class Whole(nn.Module):
 
     def forward(self, work: Callable[..., Result], *inputs: Any) -> Result:
         """`work` of the model and the inputs; FSDP gathers the outermost weights around it."""
+        for weight, resting in self._resting.items():
+            if weight.data_ptr() == resting.data_ptr():
+                weight.data = resting.to(self._device, non_blocking=True)
         return work(self.model, *inputs)
 
     def begin_microbatch(self, is_last: bool) -> None:
@@ -127,19 +146,27 @@ class Whole(nn.Module):
                 layer.set_reshard_after_forward(self._mode in ("zero3", "hybrid"), recurse=False)
 
     def release(self) -> None:
-        """Let go of gathered weights: after a pass without a backward one, they would outlive the next update."""
+        """Let go of weights that came for a pass: without a backward one, they would outlive the next update."""
         for module in self._modules_in_shards:
             module.reshard()
+        for weight, resting in self._resting.items():
+            weight.data = resting
 
 
 def _hand_on(master: nn.Parameter, copy: Tensor) -> None:
     """Add a copy's gradient, complete for this micro-batch, to its master's; it is gone before the next one comes."""
     assert copy.grad is not None, "the hook runs behind the gradient"
+    gradient = copy.grad.to(master.device)
     if master.grad is None:
-        master.grad = copy.grad.to(master.dtype)
+        master.grad = gradient.to(master.dtype)
     else:
-        master.grad.add_(copy.grad)
+        master.grad.add_(gradient)
     copy.grad = None
+
+
+def _pinned(weight: Tensor) -> Tensor:
+    """In memory of the host from which a GPU copies."""
+    return weight.pin_memory() if torch.cuda.is_available() else weight
 
 
 def _mesh(mode: Sharding) -> DeviceMesh:
@@ -165,7 +192,6 @@ def fill(model: PreTrainedModel, folder: Path, device: torch.device) -> None:
             if weight not in found:
                 found[weight] = nn.Parameter(_read(tensors[name], name, weight, device), weight.requires_grad)
             put(found[weight], model, name)
-    model.model.rotary_emb.to(device)
 
 
 def put(weight: nn.Parameter, module: nn.Module, name: str) -> None:
@@ -191,8 +217,12 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """All of a weight or gradient; every process must ask at the same time."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """All of a weight or gradient, on the device; every process must ask at the same time."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    there = tensor.to(tensor.device_mesh.device_type)
+    assert isinstance(there, DTensor)
+    return there.full_tensor()
 
 
 def own_part(tensor: Tensor) -> tuple[slice, ...]:
@@ -214,6 +244,6 @@ def is_first_copy(tensor: Tensor) -> bool:
 
 def shard_like(whole: Tensor, target: Tensor) -> Tensor:
     """This process's part of a tensor that all have whole, laid out as `target` is."""
-    if not isinstance(target, DTensor):
-        return whole
-    return distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+    if isinstance(target, DTensor):
+        whole = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+    return whole.to(target.device)

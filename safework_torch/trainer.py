@@ -47,16 +47,17 @@ class TorchTrainer:
         model = empty_model(policy, torch.float32)
         freeze(model, config.model.frozen)
         prepare_layers(model, config.backend.recompute, section.compile)
-        self._policy = Whole(model, section.sharding, self._dtype)
+        self._policy = Whole(model, section.sharding, self._dtype, offload=section.offload_parameters)
         self._policy.read(policy, self._device)
         self._reference = None
         if reference is not None:
             fixed = empty_model(reference, self._dtype).requires_grad_(False)
-            self._reference = Whole(fixed, section.sharding, self._dtype)
+            resting = config.backend.offload_reference
+            self._reference = Whole(fixed, section.sharding, self._dtype, offload=resting)
             self._reference.read(reference, self._device)
         trained = {name: weight for name, weight in self._policy.masters.items() if weight.requires_grad}
-        offload = config.backend.offload_optimizer
-        self._optimizer = AdamW(trained, config.optimizer, self._policy.copies, offload=offload)
+        copies, offload = self._policy.copies, config.backend.offload_optimizer
+        self._optimizer = AdamW(trained, config.optimizer, self._device, copies, offload=offload)
         rule = config.ema
         self._average = None if rule.decay is None else Average(self._policy.masters, rule.decay, rule.every)
 
@@ -144,7 +145,7 @@ class TorchTrainer:
     def apply_gradients(self, gradients: Mapping[str, np.ndarray], learning_rate: float) -> None:
         """One optimizer step from given gradients; see ParityTrainer."""
         for name, parameter in self._optimizer.named.items():
-            parameter.grad = shard_like(torch.from_numpy(gradients[name]).to(self._device), parameter)
+            parameter.grad = shard_like(torch.from_numpy(gradients[name]), parameter)
         self._step(self._optimizer.gradient_norm(), learning_rate)
 
     @contextmanager

@@ -33,7 +33,8 @@ class BackendSection(Section):
     element-wise work), all but matrix products, or all.
     threads: CPU threads of the engine; results are bitwise repeatable for one value. 0 leaves the engine's default.
     offload_optimizer: the optimizer's moments rest in host memory between updates, 8 bytes a parameter; each update
-    brings them to the device and back.
+    brings them to the device and back. offload_reference: the reference model rests in host memory, and comes to the
+    device for its logprobs.
     """
 
     name: Literal["torch", "jax"]
@@ -41,6 +42,7 @@ class BackendSection(Section):
     recompute: Literal["none", "dots", "full"] = "none"
     threads: NonNegativeInt = 0
     offload_optimizer: bool = False
+    offload_reference: bool = False
     torch: dict[str, Any] = Field(default_factory=dict)
     jax: dict[str, Any] = Field(default_factory=dict)
 

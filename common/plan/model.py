@@ -27,6 +27,17 @@ def frozen_notes(config: RunConfig) -> tuple[str, ...]:
     return ("Work, floor and bytes sent are those of a run that trains every tensor; with model.frozen it is less.",)
 
 
+def savings(config: RunConfig) -> list[tuple[str, Any, str]]:
+    """Changes of the `backend` table that take memory off a device and are not made yet, the cheapest first: key,
+    value, and how a command line has it.
+    """
+    backend = config.backend
+    changes = [("recompute", "full", "full"), ("offload_optimizer", True, "true")]
+    if config.loss.kl_coef:
+        changes.append(("offload_reference", True, "true"))
+    return [change for change in changes if getattr(backend, change[0]) != change[1]]
+
+
 def forward_flops(hf: Mapping[str, Any], rows: int, tokens: int) -> float:
     """Products of one forward pass with logits for every token, and causal attention, each row being one sequence."""
     mixing, keys = 2 * hf["num_attention_heads"] * head_dim(hf), 2 * num_kv_heads(hf) * head_dim(hf)

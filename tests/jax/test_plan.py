@@ -33,6 +33,7 @@ def planned(
     rows: int,
     frozen: Sequence[str] = (),
     offload: bool = False,
+    reference: str = "",
     target: Target = TARGET,
     **shapes: int,
 ) -> Plan:
@@ -41,9 +42,10 @@ def planned(
     model.mkdir()
     (model / "config.json").write_text(json.dumps({**SHAPES, **shapes}))
     backend = {"name": "jax", "dtype": "bfloat16", "recompute": "full", "threads": 0, "jax": {"mesh": mesh}}
-    backend["offload_optimizer"] = offload
+    backend |= {"offload_optimizer": offload, "offload_reference": reference == "offloaded"}
+    loss = {"kl_type": "k3_loss", "kl_coef": 0.1} if reference else {}
     batch = {"row_tokens": 256, "rows_per_microbatch": rows}
-    run_file = write_run(folder, model, backend=backend, batch=batch, model={"frozen": list(frozen)})
+    run_file = write_run(folder, model, backend=backend, batch=batch, loss=loss, model={"frozen": list(frozen)})
     return open_plan(load_config([run_file]), target, parts)
 
 
@@ -104,6 +106,20 @@ def test_offloaded_moments_are_not_on_the_chip(plan: Plan, tmp_path: Path) -> No
     update, step = found.programs
     assert update.resident_bytes == 0
     assert step.argument_bytes == pytest.approx(2 * plan.kinds["parameters"], rel=0.01)
+
+
+def test_an_offloaded_reference_is_on_the_chip_for_its_logprobs_alone(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512}
+    found = []
+    for reference in ("kept", "offloaded"):
+        (tmp_path / reference).mkdir()
+        parts, mesh = ("update", "logprobs"), {"fsdp": 2, "tensor": 2}
+        found.append(planned(tmp_path / reference, parts, mesh, 2, reference=reference, **sizes))
+    kept, offloaded = found
+    size = kept.kinds["reference"]
+    assert size == kept.kinds["parameters"] and kept.kinds == offloaded.kinds | {"reference": size}
+    less = [on.needed_bytes - off.needed_bytes for on, off in zip(kept.programs, offloaded.programs, strict=True)]
+    assert less == [size, size, 0]
 
 
 def test_weights_travel_once_forward_and_once_backward_and_gradients_once(plan: Plan) -> None:

@@ -63,7 +63,12 @@ def test_frozen_tensors_stay_and_the_others_are_trained_as_ever(tmp_path: Path) 
 
 def test_reference_stays_what_it_was(tmp_path: Path) -> None:
     model, reference = make_model(tmp_path / "model"), make_model(tmp_path / "reference", seed=1)
-    contract.check_reference(make_trainer(model, reference, loss=KL_LOSS), make_trainer(reference))
+    for offload in (False, True):
+        trainer = make_trainer(model, reference, loss=KL_LOSS, backend={"offload_reference": offload})
+        assert trainer._reference is not None
+        lies = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(trainer._reference[1])}
+        assert (lies == {"pinned_host"}) == offload
+        contract.check_reference(trainer, make_trainer(reference))
 
 
 def test_bfloat16_stays_in_the_products(tmp_path: Path) -> None:

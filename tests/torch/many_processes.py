@@ -24,6 +24,7 @@ from tests.teams import save_together
 from tests.training import packed, random_sequences
 
 ROWS = 8  # of a micro-batch
+OFFLOADED = ", offloaded"  # behind a mode: its weights rest on the host
 BATCHES: dict[str, TrainBatch] = {
     "four micro-batches": packed(random_sequences(32, seed=1), 32, ROWS, packed=False),
     "packed, prompts shared": packed(random_sequences(32, seed=2), 64, ROWS, share_prompts=True),
@@ -35,7 +36,9 @@ def main(run_file: str, model: str, out: str, *modes: str) -> None:
     """Measure every mode of sharding, one behind the other."""
     with open_team(60.0) as team:
         for mode in modes:
-            overrides = [f"backend.torch.sharding={mode}", f"batch.rows_per_microbatch={ROWS}"]
+            sharding = mode.removesuffix(OFFLOADED)
+            resting = f"backend.torch.offload_parameters={str(mode != sharding).lower()}"
+            overrides = [f"backend.torch.sharding={sharding}", resting, f"batch.rows_per_microbatch={ROWS}"]
             trainer = open_trainer(load_config([run_file], overrides), Path(model), None)
             folder = Path(out) / mode
             if team.leads:

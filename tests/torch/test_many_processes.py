@@ -14,11 +14,12 @@ from safetensors.numpy import load_file
 
 from tests.teams import finished, started
 from tests.tiny import make_model
-from tests.torch.many_processes import BATCHES
+from tests.torch.many_processes import BATCHES, OFFLOADED
 from tests.trainer_contract import assert_close_gradients
 from tests.training import saved_state, write_run
 
-MODES = {"zero1": 2, "zero2": 2, "zero3": 2, "hybrid": 4}
+TWO = ("zero1", "zero2", "zero3", f"zero1{OFFLOADED}", f"zero3{OFFLOADED}")
+MODES = (*TWO, "hybrid")
 LAYERS = 2
 GATHER, REDUCE, SUM = "c10d::_allgather_base_", "c10d::_reduce_scatter_base_", "c10d::allreduce_"
 # For an update of four micro-batches: a group for each layer, and one for the weights outside them.
@@ -32,6 +33,7 @@ CALLS = {
     },
 }
 CALLS["hybrid"] = CALLS["zero3"] | {SUM: 4 * (LAYERS + 1)}
+CALLS |= {f"{mode}{OFFLOADED}": CALLS[mode] for mode in ("zero1", "zero3")}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_file = write_run(folder, model)
     measure(folder / "alone", run_file, model, 1, 1, "zero3")
     (folder / "alone" / "zero3").rename(folder / "one")
-    measure(folder, run_file, model, 2, 1, "zero1", "zero2", "zero3")
+    measure(folder, run_file, model, 2, 1, *TWO)
     measure(folder, run_file, model, 4, 2, "hybrid")
     return folder
 

@@ -21,7 +21,8 @@ MATRICES = frozenset({"matrix", "small"})
 
 
 def make(config: OptimizerConfig, start: Mapping[str, np.ndarray]) -> AdamW:
-    return AdamW({name: nn.Parameter(torch.tensor(array)) for name, array in start.items()}, config)
+    named = {name: nn.Parameter(torch.tensor(array)) for name, array in start.items()}
+    return AdamW(named, config, torch.device("cpu"))
 
 
 def step(optimizer: AdamW, gradients: Mapping[str, np.ndarray], learning_rate: float) -> float:

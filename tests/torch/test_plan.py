@@ -58,18 +58,20 @@ def planned(
 ) -> Plan:
     """A plan of a model whose folder holds a config.json and nothing else; `batch` and the rest are of sections."""
     batch = {"row_tokens": 1024, "rows_per_microbatch": backend.pop("rows", 16), "packed": False, **(batch or {})}
-    sharding, frozen = backend.pop("sharding", "zero2"), backend.pop("frozen", [])
+    section = {"sharding": backend.pop("sharding", "zero2"), "offload_parameters": backend.pop("on_host", False)}
+    frozen, loss = backend.pop("frozen", []), {"kl_type": "k3_loss", "kl_coef": 0.1} if backend.pop("kl", False) else {}
     model = folder / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(shapes))
     run_file = write_run(
         folder,
         model,
-        backend={"dtype": "bfloat16", "torch": {"compile": True, "sharding": sharding}, **backend},
+        backend={"dtype": "bfloat16", "torch": {"compile": True, **section}, **backend},
         batch=batch,
         data={"max_prompt_tokens": 256},
         rollout={"max_new_tokens": 768},
         model={"frozen": frozen},
+        loss=loss,
     )
     return open_plan(load_config([run_file]), read_target(target, 1), parts)
 
@@ -155,6 +157,30 @@ def test_offloaded_moments_are_not_on_the_gpu(tmp_path: Path) -> None:
     assert device.programs[0].needed_bytes - host.programs[0].needed_bytes == device.kinds["moments"]
 
 
+@pytest.mark.parametrize("target", ["h100:1", "h100:2"])
+def test_offloaded_parameters_rest_on_the_host_with_their_gradients(target: str, tmp_path: Path) -> None:
+    plans = []
+    for name, on_host in (("device", False), ("host", True)):
+        (tmp_path / name).mkdir()
+        plans.append(planned(tmp_path / name, HALF_B, target, ("update",), on_host=on_host))
+    device, host = plans
+    masters = device.kinds["parameters, fp32"]
+    assert host.kinds == device.kinds | {"parameters, fp32": 0}
+    assert device.programs[0].needed_bytes - host.programs[0].needed_bytes == 2 * masters
+
+
+def test_an_offloaded_reference_is_on_the_gpu_for_its_logprobs_alone(tmp_path: Path) -> None:
+    plans = []
+    for name, rests in (("device", False), ("host", True)):
+        (tmp_path / name).mkdir()
+        plans.append(planned(tmp_path / name, HALF_B, "h100:1", kl=True, offload_reference=rests))
+    device, host = plans
+    reference = device.kinds["reference"]
+    assert reference > 0 and host.kinds == {kind: size for kind, size in device.kinds.items() if kind != "reference"}
+    less = [there.needed_bytes - here.needed_bytes for there, here in zip(device.programs, host.programs, strict=True)]
+    assert less == [reference, 0, reference]
+
+
 def test_what_does_not_fit_comes_with_a_change_that_does(tmp_path: Path) -> None:
     plan = planned(tmp_path, ONE_AND_A_HALF_B, "h100:1", ("update",), rows=64)
     assert not plan.fits
@@ -162,8 +188,9 @@ def test_what_does_not_fit_comes_with_a_change_that_does(tmp_path: Path) -> None
 
 
 def test_a_model_too_large_for_any_change_is_said_so(tmp_path: Path) -> None:
-    large = ONE_AND_A_HALF_B | {"num_hidden_layers": 200}
-    plan = planned(tmp_path, large, "h100:1", ("update",), recompute="full", rows=1, offload_optimizer=True)
+    large = ONE_AND_A_HALF_B | {"num_hidden_layers": 200, "intermediate_size": 71680}
+    least = {"recompute": "full", "offload_optimizer": True, "on_host": True}
+    plan = planned(tmp_path, large, "h100:1", ("update",), rows=1, **least)
     assert not plan.fits and plan.notes[0].startswith(
         "None of these makes it fit, counted one by one: there was nothing"
     )

@@ -52,6 +52,14 @@ def test_moments_may_rest_on_the_host(tmp_path: Path) -> None:
     contract.check_offloaded(offloaded, resumed, make_trainer(model), tmp_path)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parameters_may_rest_on_the_host(dtype: str, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    resting = {"dtype": dtype, "offload_optimizer": True, "torch": {"offload_parameters": True}}
+    offloaded, resumed = (make_trainer(model, backend=resting) for _ in range(2))
+    contract.check_offloaded(offloaded, resumed, make_trainer(model, backend={"dtype": dtype}), tmp_path)
+
+
 def test_frozen_tensors_stay_and_the_others_are_trained_as_ever(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
 
@@ -63,7 +71,9 @@ def test_frozen_tensors_stay_and_the_others_are_trained_as_ever(tmp_path: Path) 
 
 def test_reference_stays_what_it_was(tmp_path: Path) -> None:
     model, reference = make_model(tmp_path / "model"), make_model(tmp_path / "reference", seed=1)
-    contract.check_reference(make_trainer(model, reference, loss=KL_LOSS), make_trainer(reference))
+    for offload in (False, True):
+        trainer = make_trainer(model, reference, loss=KL_LOSS, backend={"offload_reference": offload})
+        contract.check_reference(trainer, make_trainer(reference))
 
 
 def test_bfloat16_stays_in_the_products(tmp_path: Path) -> None:
