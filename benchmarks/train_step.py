@@ -100,7 +100,7 @@ def measure(arguments: argparse.Namespace) -> None:
     leads = os.environ.get("RANK", "0") == "0"
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
-        parameters = write_model(model, SHAPES[case.shape])
+        write_model(model, SHAPES[case.shape])
         loaded = load(case, arguments.engine, recompute, model, arguments.set)
         if arguments.engine == "torch":
             from safework_torch.main import open_trainer
@@ -123,7 +123,7 @@ def measure(arguments: argparse.Namespace) -> None:
                 profile_torch(trainer, batch)
     if leads:
         cards = int(os.environ.get("WORLD_SIZE", "1"))
-        show(name, case, arguments.engine, recompute, parameters, seconds, trainer.peak_memory_gib(), first, cards)
+        show(name, case, arguments.engine, recompute, seconds, trainer.peak_memory_gib(), first, cards)
 
 
 def show(
@@ -131,7 +131,6 @@ def show(
     case: Case,
     engine: str,
     recompute: str,
-    parameters: int,
     seconds: float,
     gib: float,
     first: float,
@@ -139,7 +138,7 @@ def show(
 ) -> None:
     """A line under HEAD, of updates that take so many seconds each, the first one `first`."""
     tokens = case.sequences * (case.prompt + case.response)
-    mfu = flops(case, parameters) / seconds / PEAK_FLOPS / cards
+    mfu = flops(case) / seconds / PEAK_FLOPS / cards
     print(
         f"{name:16s} {engine:6s} {recompute:9s} {case.rows_per_microbatch:4d} {tokens / seconds:9.0f} {mfu:6.1%} "
         f"{gib:6.1f} {first:7.1f}",
@@ -147,8 +146,9 @@ def show(
     )
 
 
-def flops(case: Case, parameters: int) -> float:
+def flops(case: Case) -> float:
     """Of one update: products forward and backward, and causal attention."""
+    parameters = sum(parameter.numel() for parameter in _model(SHAPES[case.shape], "meta").parameters())
     shape, length = SHAPES[case.shape], case.prompt + case.response
     head_dim = shape.get("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
     width = shape["num_attention_heads"] * head_dim
@@ -156,21 +156,25 @@ def flops(case: Case, parameters: int) -> float:
     return 6 * parameters * case.sequences * length + attention
 
 
-def write_model(folder: Path, shape: dict[str, Any]) -> int:
-    """A model folder of random weights, in bf16; returns the number of parameters."""
+def _model(shape: dict[str, Any], device: str) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**shape, max_position_embeddings=32768, bos_token_id=0, eos_token_id=1)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def write_model(folder: Path, shape: dict[str, Any]) -> None:
+    """A model folder of random weights, in bf16."""
+    import torch
+
+    model = _model(shape, "cuda" if torch.cuda.is_available() else "cpu")
     model.cpu().save_pretrained(folder)
-    count = sum(parameter.numel() for parameter in model.parameters())
     del model
     torch.cuda.empty_cache()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    return count
 
 
 def load(case: Case, engine: str, recompute: str, model: Path, more: list[str]) -> LoadedConfig:
