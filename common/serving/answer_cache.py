@@ -56,7 +56,7 @@ class AnswerCache:
     def _open(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._connection = sqlite3.connect(self._file, timeout=_PATIENCE_S, check_same_thread=False)
-        self._connection.execute("PRAGMA journal_mode=WAL")
+        _keep_journal_beside(self._connection)
         self._connection.execute("PRAGMA synchronous=NORMAL")
         self._connection.execute(_TABLE)
 
@@ -97,6 +97,21 @@ class AnswerCache:
     def _give_up(self, reason: str) -> None:
         self._shut()
         print(f"cache of judges' answers: {self._file} cannot be used ({reason}); going on without it", file=sys.stderr)
+
+
+def _keep_journal_beside(connection: sqlite3.Connection) -> None:
+    """Write ahead, so that readers and a writer do not wait for each other. With this one change SQLite itself does not
+    wait for another process that makes the file.
+    """
+    until = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
 
 
 def _digest(key: bytes, answer: bytes) -> bytes:

@@ -8,6 +8,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
@@ -62,6 +63,18 @@ def test_several_processes_write_at_once(tmp_path: Path) -> None:
     with closing(AnswerCache(file)) as cache:
         keys = [f"{name} {number} {part}".encode() for name in "abc" for number in range(100) for part in range(20)]
         assert len(cache.get(keys)) == len(keys)
+
+
+def test_opening_waits_for_another_process_that_makes_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "answers.sqlite"
+    with closing(sqlite3.connect(file, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        end = Timer(0.5, other.execute, ["COMMIT"])
+        end.start()
+        with closing(AnswerCache(file)) as cache:
+            cache.put(MANY)
+            assert cache.get(list(MANY)) == MANY
+        end.join()
 
 
 def test_a_damaged_file_is_put_aside_and_begun_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
