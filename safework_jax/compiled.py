@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.config import ConfigError
+
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
 _OPERATIONS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w-]+)\(")
@@ -72,7 +74,7 @@ class CompiledText:
             assert match, line
             operation = match[3].removesuffix("-start")
             if operation == "send" and (hosts := re.search(r'_xla_megascale_transfer_type="(\w+)"', line)):
-                found[caller, "send", match[1]] = _between_slices(_HOSTS[hosts[1]], line, match[2], runs)
+                found[caller, "send", match[1]] = _between_slices(_of_hosts(hosts[1]), line, match[2], runs)
             if operation not in _OPERATIONS or match[3].endswith("-done"):
                 continue
             # Between its start and its end a collective is copied into the computations that run meanwhile.
@@ -172,6 +174,15 @@ class CompiledText:
         """The mesh axes along which a group's members differ."""
         places = np.array(np.unravel_index(group, tuple(size for _, size in self._axes)))
         return tuple(name for (name, _), row in zip(self._axes, places, strict=True) if len(set(row.tolist())) > 1)
+
+
+def _of_hosts(name: str) -> str:
+    if name not in _HOSTS:
+        raise ConfigError(
+            f"--slices: the TPU's compiler lets hosts exchange {name}, which a plan cannot count. Plan for one slice, "
+            "or with another backend.jax.mesh."
+        )
+    return _HOSTS[name]
 
 
 def _between_slices(operation: str, line: str, result: str, runs: int) -> Collective:

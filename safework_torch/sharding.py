@@ -201,14 +201,11 @@ def put(weight: nn.Parameter, module: nn.Module, name: str) -> None:
 
 
 def _read(file: Any, name: str, like: Tensor, device: torch.device) -> Tensor:
-    own = torch.empty_like(local(like), device=device)
+    weight = torch.empty_like(like, device=device)
+    own = local(weight)
     if own.numel():
         own.copy_(file.get_slice(name)[own_part(like)])
-    if not isinstance(like, DTensor):
-        return own
-    return DTensor.from_local(
-        own, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    return weight
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import pytest
 from common.config import ConfigError, load_config
 from common.plan.report import PARTS, Plan
 from common.plan.target import Target, read_target
+from safework_jax.compiled import CompiledText
 from safework_jax.config import MeshSection
 from safework_jax.layout import layout_on
 from safework_jax.main import open_plan
@@ -84,6 +85,13 @@ def test_slices_sum_their_gradients(tmp_path: Path) -> None:
     mesh, sizes = {"replica": 2, "fsdp": 2, "tensor": 2}, {"hidden_size": 256, "intermediate_size": 512}
     update = planned(tmp_path, ("update",), mesh, 4, target=read_target("v5e:2x2", 2), **sizes).programs[0]
     assert update.collective_bytes["replica"] == pytest.approx(update.least_bytes["replica"], rel=0.1)
+
+
+def test_what_hosts_exchange_in_an_unknown_way_is_said() -> None:
+    sends = "ENTRY %main (x: f32[2]) -> f32[2] {\n  %s = (f32[2], u32[], token[]) send(%x, %t), "
+    sends += 'frontend_attributes={_xla_megascale_transfer_type="GATHER"}\n}'
+    with pytest.raises(ConfigError, match=r"--slices: .* hosts exchange GATHER, which a plan cannot count"):
+        CompiledText(sends, [("replica", 2)]).sent_by_axis()
 
 
 def test_frozen_parameters_have_no_moments_and_no_gradients(tmp_path: Path) -> None:

@@ -60,14 +60,15 @@ def passed_certificate(file: Path, model: Path | str, num_batches: int) -> None:
 
 
 @pytest.mark.parametrize("model_type", MODELS)
-def test_every_rung_passes_over_20_replayed_steps(model_type: str, tmp_path: Path) -> None:
+def test_every_rung_passes_over_replayed_steps(model_type: str, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", model_type, **MODELS[model_type])
     frozen = ["model.embed_tokens.*", "model.layers.1.*", "*.o_proj.weight"] if model_type == "qwen3" else []
     run = write_run(tmp_path, model, batch={"share_prompts": model_type == "llama"}, model={"frozen": frozen})
-    done = safework("parity", run, "--steps", "20", "--out", tmp_path / "parity.json")
+    steps = 20 if model_type == "llama" else 4
+    done = safework("parity", run, "--steps", str(steps), "--out", tmp_path / "parity.json")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "parity.json: passed" in "".join(done.stdout.split("\n"))
-    passed_certificate(tmp_path / "parity.json", model, 20)
+    passed_certificate(tmp_path / "parity.json", model, steps)
 
 
 def test_a_failed_ladder_is_a_failed_command(tmp_path: Path) -> None:
@@ -111,7 +112,7 @@ def test_every_rung_passes_on_the_embedded_model_up_to_one_step(tmp_path: Path) 
         embedded_model(),
         backend={"threads": 2},
         data={"train": [{"path": str(file)} for file in files], "max_prompt_tokens": 72},
-        rollout={"prompts_per_step": 4, "group_size": 4, "max_new_tokens": 24},
+        rollout={"prompts_per_step": 2, "group_size": 4, "max_new_tokens": 24},
         batch={"row_tokens": 144, "rows_per_microbatch": 2, "share_prompts": True},
     )
     words = (run, "--steps", "1", "--out", tmp_path / "parity.json")
