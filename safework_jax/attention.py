@@ -51,7 +51,8 @@ def visible_tokens(packing: Packing, window: jax.Array) -> jax.Array:
 def masked_attention(query: jax.Array, remembered: KeyValues, visible: jax.Array) -> jax.Array:
     """The masked reference: query [B T heads head_dim], keys [B KV S head_dim], visible [B T S] -> shape of query.
 
-    Heads that share a key head stay together as one matrix product; scores and softmax are float32.
+    Heads that share a key head stay together as one matrix product; scores and softmax are float32. As in the kernels,
+    weights are rounded before they are divided by their sum.
     """
     keys, values = remembered
     grouped = query.reshape(*query.shape[:2], keys.shape[1], -1, query.shape[-1])
@@ -60,8 +61,10 @@ def masked_attention(query: jax.Array, remembered: KeyValues, visible: jax.Array
     scores = jnp.einsum("bkgtd,bksd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
     scores = scores * query.shape[-1] ** -0.5
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    mixed = jnp.einsum("bkgts,bksd->bkgtd", weights, values)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    rounded = weights.astype(values.dtype)
+    mixed = jnp.einsum("bkgts,bksd->bkgtd", rounded, values, preferred_element_type=jnp.float32)
+    mixed = (mixed / weights.sum(axis=-1)[..., None]).astype(values.dtype)
     return jnp.moveaxis(mixed, 3, 1).reshape(query.shape)
 
 

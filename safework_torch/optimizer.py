@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from common.config.method import OptimizerConfig
-from safework_torch.processes import gather_rows
 from safework_torch.sharding import local
 
 # Elements updated at a time on a CPU: with all arrays of a slice in cache, memory is crossed once instead of ten times.
@@ -63,10 +62,13 @@ class AdamW:
         self.steps = 0
         self._layers = [list(names) for _, names in groupby(self.named, _layer_of)]
 
-    def gradient_norm(self) -> float:
-        """Global norm of the gradients."""
-        own = _norm([local(_gradient(parameter)) for parameter in self.named.values()])
-        return math.hypot(*gather_rows(own.cpu()[None]).tolist()) / math.sqrt(self._copies)
+    def own_norm(self) -> Tensor:
+        """Norm of this process's parts of the gradients, fp32 scalar."""
+        return _norm([local(_gradient(parameter)) for parameter in self.named.values()])
+
+    def norm_of(self, parts: Sequence[float]) -> float:
+        """Norm of the gradients, from `own_norm` of every process."""
+        return math.hypot(*parts) / math.sqrt(self._copies)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

@@ -63,8 +63,7 @@ class TorchTrainer:
 
     def update(self, batch: TrainBatch, learning_rate: float) -> dict[str, float]:
         """One optimizer step; see PolicyTrainer."""
-        loss, sums = self._accumulate(batch, self._config.loss)
-        norm = self._optimizer.gradient_norm()
+        loss, sums, norm = self._accumulate(batch, self._config.loss)
         if not math.isfinite(loss) or not math.isfinite(norm):
             self._optimizer.zero_grad()
             raise NonFiniteUpdate(f"loss {loss}, gradient norm {norm}.")
@@ -78,8 +77,8 @@ class TorchTrainer:
         if self._average is not None:
             self._average.follow(self._optimizer.steps)
 
-    def _accumulate(self, batch: TrainBatch, loss_config: LossConfig) -> tuple[float, Sums]:
-        """Sum the gradient of the whole batch into `.grad`; returns the loss and its statistics as floats."""
+    def _accumulate(self, batch: TrainBatch, loss_config: LossConfig) -> tuple[float, Sums, float]:
+        """Sum the gradient of the whole batch into `.grad`; returns the loss, its statistics and the gradient norm."""
         total, sums = torch.zeros((), dtype=torch.float64, device=self._device), None
         for rows in self._microbatches(batch):
             self._policy.begin_microbatch(rows.is_last)
@@ -91,10 +90,11 @@ class TorchTrainer:
             sums = part if sums is None else add_sums(sums, part)
         assert sums is not None, "a batch has rows"
         # Only here does the host wait for the device.
-        own = torch.stack([total, *(value.to(total) for value in sums)])[None].cpu()
+        own = torch.stack([value.to(total) for value in (total, self._optimizer.own_norm(), *sums)])[None].cpu()
         parts = gather_rows(own)  # of all processes
-        sums = reduce(add_sums, (Sums(*part[1:]) for part in parts))
-        return float(parts[:, 0].sum()), Sums(*map(float, sums))
+        sums = reduce(add_sums, (Sums(*part[2:]) for part in parts))
+        norm = self._optimizer.norm_of(parts[:, 1].tolist())
+        return float(parts[:, 0].sum()), Sums(*map(float, sums)), norm
 
     @torch.no_grad()
     def logprobs(self, batch: TrainBatch, which: Literal["policy", "reference"]) -> np.ndarray:
@@ -127,7 +127,7 @@ class TorchTrainer:
 
     def named_gradients(self, batch: TrainBatch, loss: LossConfig) -> tuple[float, dict[str, np.ndarray]]:
         """Loss and gradient by Hugging Face name; see ParityTrainer."""
-        value, _ = self._accumulate(batch, loss)
+        value, *_ = self._accumulate(batch, loss)
         named = self._optimizer.named.items()
         gradients = {name: full(p.grad).cpu().numpy() for name, p in named if p.grad is not None}
         self._optimizer.zero_grad()
@@ -146,7 +146,8 @@ class TorchTrainer:
         """One optimizer step from given gradients; see ParityTrainer."""
         for name, parameter in self._optimizer.named.items():
             parameter.grad = shard_like(torch.from_numpy(gradients[name]), parameter)
-        self._step(self._optimizer.gradient_norm(), learning_rate)
+        norms = gather_rows(self._optimizer.own_norm().cpu()[None])
+        self._step(self._optimizer.norm_of(norms.tolist()), learning_rate)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
