@@ -38,8 +38,8 @@ class JaxTrainer:
         self._mesh = make_mesh(section.mesh)
         model, self._params = self._load(policy)
         self._program = program_for(config, model, self._mesh)
-        self._rests = config.backend.offload_reference
-        self._reference = None if reference is None else self._load(reference, offload=self._rests)
+        resting = config.backend.offload_reference
+        self._reference = None if reference is None else self._load(reference, offload=resting)
         self._moments = optimizer.init_moments(self._trained, offload=config.backend.offload_optimizer)
         rule = config.ema
         self._average = None if rule.decay is None else optimizer.Average(self._params, rule.decay, rule.every)
@@ -91,7 +91,8 @@ class JaxTrainer:
         if which == "reference":
             assert self._reference is not None, "loss.kl_coef is 0, so no reference was loaded"
             model, params = self._reference
-            params = programs.arrived(params, self._mesh) if self._rests else params
+            if self._config.backend.offload_reference:
+                params = programs.arrived(params, self._mesh)
             program = program_for(self._config, model, self._mesh)
         program = program.for_rows(batch.segment_ids)
         parts = [programs.logprobs(params, rows, program)[0] for rows in self._microbatches(batch)]

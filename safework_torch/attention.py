@@ -80,12 +80,10 @@ def reference_mask(packing: Packing, window: int | None, device: torch.device) -
 
 
 def _mask(packing: Packing, window: int | None, device: torch.device) -> Mask:
+    if device.type == "cpu":
+        return reference_mask(packing, window, device)
     is_unlimited = window is None or window >= packing.positions.shape[1]
-    if device.type != "cpu" and is_unlimited and is_causal(packing):
-        return None
-    if device.type != "cpu":
-        return block_mask(packing, window, device)
-    return reference_mask(packing, window, device)
+    return None if is_unlimited and is_causal(packing) else block_mask(packing, window, device)
 
 
 def block_mask(packing: Packing, window: int | None, device: torch.device) -> BlockMask:
@@ -116,15 +114,18 @@ def seen_blocks(packing: Packing, window: int | None) -> tuple[np.ndarray, np.nd
     seeing = owned.copy()  # tokens that see each segment
     np.add.at(seeing, (row, block, packing.prefix_ids), packing.prefix_ids != packing.segment_ids)
     sizes = np.minimum(length - first, BLOCK)
-    some = np.einsum("bqi,bki->bqk", seeing > 0, owned > 0)
-    every = ~np.einsum("bqi,bki->bqk", seeing < sizes[:, None], owned > 0)
-    nearest, farthest = _distances(packing.positions, first)
+    some, every = _meet(seeing > 0, owned > 0), ~_meet(seeing < sizes[:, None], owned > 0)
     if window is not None:
+        nearest, farthest = _distances(packing.positions, first)
         some &= nearest < window
         every &= farthest < window
-    earlier = first[:, None] > first
-    every &= earlier
+    every &= first[:, None] > first
     return some & (first[:, None] >= first) & ~every, every
+
+
+def _meet(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Whether a query's and a key's block have a segment in common: bool [B N S] each -> [B N N]."""
+    return queries.astype(np.float32) @ keys.astype(np.float32).swapaxes(1, 2) > 0
 
 
 def _distances(positions: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -52,8 +52,8 @@ class AdamW:
     ) -> None:
         self._config = config
         self._device = device
+        self._travels = offload or any(parameter.device != device for parameter in named.values())
         self._copies = copies
-        self._offload = offload
         self.named = dict(named)
         self.first_moment, self.second_moment = (
             {name: _zeros(local(parameter.detach()), device, offload) for name, parameter in named.items()}
@@ -86,7 +86,6 @@ class AdamW:
         if on_gpu:
             numbers = Numbers(*torch.tensor(numbers, device=self._device).unbind())
         step = _compiled() if on_gpu else _step_in_slices
-        travels = self._offload or any(weight.device != self._device for weight in self.named.values())
         for names in self._layers:
             decays = [config.weight_decay if self.named[name].ndim >= 2 else 0.0 for name in names]
             arrays = [self._on_device(name) for name in names]
@@ -95,7 +94,7 @@ class AdamW:
                 _rest(weight, local(self.named[name]))
                 _rest(first, self.first_moment[name])
                 _rest(second, self.second_moment[name])
-        if on_gpu and travels:
+        if on_gpu and self._travels:
             torch.cuda.current_stream().synchronize()  # the last may be on their way to the host
 
     def _on_device(self, name: str) -> list[Tensor]:
