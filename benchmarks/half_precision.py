@@ -1,6 +1,6 @@
 """bfloat16 on both engines, on a GPU: how far their logprobs are apart, and whether replayed updates stay together.
 
-    python benchmarks/half_precision.py [smollm2 0.5b] [--steps 50]
+    python benchmarks/half_precision.py [smollm2 0.5b] [--steps 50] [--set batch.share_prompts=false]
 
 smollm2: what the quickstart samples. 0.5b: random weights of Qwen2.5-0.5B's shapes and random tokens, without shared
 prompts, so that both attend by their kernels. Gaps are means over sampled tokens of abs(difference); the goal is a gap
@@ -41,21 +41,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--side", nargs=2, help="an engine and a dtype: measure here")
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--set", nargs="*", default=[], help="more of the config, key=value")
     arguments = parser.parse_args()
     for case in arguments.cases:
         if arguments.side:
-            measure(case, *arguments.side, arguments.steps, arguments.folder)
+            measure(case, *arguments.side, arguments.steps, arguments.folder, arguments.set)
             continue
         with tempfile.TemporaryDirectory() as folder:
             for side in SIDES:
                 words = [case, "--steps", str(arguments.steps), "--side", *side, "--folder", folder]
-                subprocess.run([sys.executable, __file__, *words], check=True)
+                subprocess.run([sys.executable, __file__, *words, "--set", *arguments.set], check=True)
             report(case, Path(folder))
 
 
-def measure(case: str, engine: str, dtype: str, steps: int, folder: Path) -> None:
+def measure(case: str, engine: str, dtype: str, steps: int, folder: Path, more: list[str]) -> None:
     """Logprobs of the first batch and, in bfloat16, the curves."""
-    loaded, model = opened(case, engine, dtype, folder)
+    loaded, model = opened(case, engine, dtype, folder, more)
     trainer = open_engine(loaded, model)
     if engine == "torch" and dtype == "float32":
         record(case, loaded, trainer, folder)
@@ -101,9 +102,9 @@ def report(case: str, folder: Path) -> None:
     )
 
 
-def opened(case: str, engine: str, dtype: str, folder: Path) -> tuple[LoadedConfig, Path]:
+def opened(case: str, engine: str, dtype: str, folder: Path, more: list[str]) -> tuple[LoadedConfig, Path]:
     """The config of a side, and its model's folder."""
-    numbers = [f"backend.dtype={dtype}", f"backend.torch.compile={dtype == 'bfloat16'}".lower()]
+    numbers = [f"backend.dtype={dtype}", f"backend.torch.compile={dtype == 'bfloat16'}".lower(), *more]
     if case == "smollm2":
         from common.experiment import policy_folder
 

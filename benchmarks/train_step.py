@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import device_time
 import numpy as np
 
 from common.config import LoadedConfig, load_config
@@ -28,6 +29,7 @@ from common.types import TrainBatch
 
 HEAD = "case             engine recompute rows  tokens/s    MFU    GiB first s"
 PEAK_FLOPS = 989e12  # of an H100, dense bf16
+PROFILED = 3  # updates
 _QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 151936, "rope_theta": 1e6}
 _QWEN3 = {**_QWEN2, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 128}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -77,7 +79,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="of a micro-batch, in place of the case's own")
     parser.add_argument("--updates", type=int, default=5)
     parser.add_argument("--set", nargs="*", default=[], help="more of the config, key=value")
-    parser.add_argument("--profile", type=Path, help="a folder for the trace of one update")
+    parser.add_argument("--profile", action="store_true", help="what the GPU does in three more updates")
     arguments = parser.parse_args()
     if arguments.engine:
         measure(arguments)
@@ -88,6 +90,7 @@ def main() -> None:
             for engine in arguments.engines:
                 words = [case, "--engine", engine, "--recompute", recompute, "--updates", str(arguments.updates)]
                 words += ["--rows", str(arguments.rows)] if arguments.rows else []
+                words += ["--profile"] if arguments.profile else []
                 subprocess.run([sys.executable, __file__, *words, "--set", *arguments.set], check=False)
 
 
@@ -119,11 +122,13 @@ def measure(arguments: argparse.Namespace) -> None:
             for _ in range(arguments.updates):
                 trainer.update(batch, 1e-6)
             seconds = (time.perf_counter() - started) / arguments.updates
-            if arguments.profile and arguments.engine == "torch":
-                profile_torch(trainer, batch)
+            peak = trainer.peak_memory_gib()
+            spans = profiled(trainer, batch, arguments.engine) if arguments.profile else []
     if leads:
         cards = int(os.environ.get("WORLD_SIZE", "1"))
-        show(name, case, arguments.engine, recompute, seconds, trainer.peak_memory_gib(), first, cards)
+        show(name, case, arguments.engine, recompute, seconds, peak, first, cards)
+        if spans:
+            device_time.show(spans, PROFILED)
 
 
 def show(
@@ -222,16 +227,14 @@ def random_batch(case: Case, section: BatchSection, seed: int = 0) -> TrainBatch
     return TrainBatch(**{**vars(batch), "old_logprobs": batch.sampling_logprobs})
 
 
-def profile_torch(trainer: Any, batch: TrainBatch) -> None:
-    """Where the time of one update goes, by kernel."""
-    from torch.profiler import ProfilerActivity, profile
+def profiled(trainer: Any, batch: TrainBatch, engine: str) -> list[device_time.Span]:
+    """What the GPU of this process does in a few updates."""
 
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as watched:
-        trainer.update(batch, 1e-6)
-        import torch
+    def updates() -> None:
+        for _ in range(PROFILED):
+            trainer.update(batch, 1e-6)
 
-        torch.cuda.synchronize()
-    print(watched.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90))
+    return device_time.on_torch(updates) if engine == "torch" else device_time.on_jax(updates)
 
 
 if __name__ == "__main__":

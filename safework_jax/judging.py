@@ -17,7 +17,7 @@ from common.trainer import Sampling, SamplingPrompt
 from safework_jax.layout import layout_on
 from safework_jax.model import load_model
 from safework_jax.models.decoder.config import DecoderConfig
-from safework_jax.models.decoder.text import Params, head_weight
+from safework_jax.models.decoder.text import Params, next_logits
 from safework_jax.sampling import Decoding, last_hidden, sample
 from safework_jax.sharding import parameter_sharding
 
@@ -66,5 +66,4 @@ class JaxJudge:
 @partial(jax.jit, static_argnames="config")
 def _logprobs(params: Params, last: jax.Array, wanted: jax.Array, config: DecoderConfig) -> jax.Array:
     """Last hidden states [R D], token ids [L] -> the log-probabilities of those tokens, fp32 [R L]."""
-    logits = last @ head_weight(config, params).astype(last.dtype).T
-    return jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)[:, wanted]
+    return jax.nn.log_softmax(next_logits(config, params, last), axis=-1)[:, wanted]

@@ -20,7 +20,7 @@ from safework_jax.attention import KeyValues
 from safework_jax.layout import Layout
 from safework_jax.models.decoder.cache import Cache, decode, expand_cache, prefill, unstack_layers
 from safework_jax.models.decoder.config import DecoderConfig
-from safework_jax.models.decoder.text import Params, head_weight
+from safework_jax.models.decoder.text import Params, next_logits
 from safework_jax.sharding import host
 from safework_jax.token_choice import choose
 
@@ -177,8 +177,7 @@ def choose_first(
     params: Params, hidden: jax.Array, uniforms: jax.Array, decoding: Decoding, sampling: Sampling
 ) -> tuple[jax.Array, jax.Array]:
     """Hidden states [R D], uniforms [R] -> the tokens chosen and their logprobs [R]."""
-    logits = hidden @ head_weight(decoding.model, params).astype(hidden.dtype).T
-    return choose(logits.astype(jnp.float32), uniforms, sampling)
+    return choose(next_logits(decoding.model, params, hidden), uniforms, sampling)
 
 
 @partial(jax.jit, static_argnames=("decoding", "sampling"), donate_argnames="cache")

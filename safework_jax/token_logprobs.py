@@ -138,26 +138,36 @@ def _chunk_logprobs(
     """[B C D], [B C] -> logprobs and entropies [B C]."""
     logits = project(hidden, weight)
     first = 0 if axis is None else jax.lax.axis_index(axis) * logits.shape[-1]
-    return _log_softmax_at(logits, targets - first, temperature, axis)
+    chosen = _chosen(*jax.lax.stop_gradient((hidden, weight)), targets - first)
+    return _log_softmax_at(logits, chosen, targets - first, temperature, axis)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _log_softmax_at(
-    logits: jax.Array, targets: jax.Array, temperature: float, axis: str | None
-) -> tuple[jax.Array, jax.Array]:
-    """Logprobs of the targets and entropies, fp32 [B C], of logits [B C V / devices along `axis`]. A target that is in
-    another device's part lies outside of 0 .. V. The entropies have no gradient.
+def _chosen(hidden: jax.Array, weight: jax.Array, targets: jax.Array) -> jax.Array:
+    """The targets' own logits, fp32 [B C]: in bfloat16 a logit of 20 is rounded by up to 1/16, which would be most of a
+    logprob's error.
     """
-    return _log_softmax_forward(logits, targets, temperature, axis)[0]
+    rows = jnp.take(weight, targets, axis=0, mode="clip").astype(hidden.dtype)
+    return jnp.sum(hidden.astype(jnp.float32) * rows.astype(jnp.float32), axis=-1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _log_softmax_at(
+    logits: jax.Array, chosen: jax.Array, targets: jax.Array, temperature: float, axis: str | None
+) -> tuple[jax.Array, jax.Array]:
+    """Logprobs of the targets and entropies, fp32 [B C], of logits [B C V / devices along `axis`], where those of the
+    targets count as `chosen`: the gradient goes to the logits. A target that is in another device's part lies outside
+    of 0 .. V. The entropies have no gradient.
+    """
+    return _log_softmax_forward(logits, chosen, targets, temperature, axis)[0]
 
 
 def _log_softmax_forward(
-    logits: jax.Array, targets: jax.Array, temperature: float, axis: str | None
+    logits: jax.Array, chosen: jax.Array, targets: jax.Array, temperature: float, axis: str | None
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
     def over_devices(reduce: Callable[[jax.Array, str], jax.Array], part: jax.Array) -> jax.Array:
         return part if axis is None else reduce(part, axis)
 
-    scaled = logits.astype(jnp.float32) / temperature
+    scaled = _wide(logits, chosen, targets) / temperature
     top = over_devices(jax.lax.pmax, scaled.max(axis=-1))
     below = scaled - top[..., None]
     mass = over_devices(jax.lax.psum, jnp.exp(below).sum(axis=-1))
@@ -165,20 +175,24 @@ def _log_softmax_forward(
     # Picked by comparing: an index would want all of `below` in memory.
     picked = over_devices(jax.lax.psum, jnp.where(_is_target(logits, targets), below, 0.0).sum(axis=-1))
     normaliser = checkpoint_name(top + jnp.log(mass), NORMALISER)
-    return (picked - jnp.log(mass), jnp.log(mass) - mean_below), (logits, targets, normaliser)
+    return (picked - jnp.log(mass), jnp.log(mass) - mean_below), (logits, chosen, targets, normaliser)
 
 
 def _log_softmax_backward(
     temperature: float, axis: str | None, kept: tuple[jax.Array, ...], upstream: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, None]:
-    logits, targets, normaliser = kept
-    softmax = jnp.exp(logits.astype(jnp.float32) / temperature - normaliser[..., None])
+) -> tuple[jax.Array, None, None]:
+    logits, chosen, targets, normaliser = kept
+    softmax = jnp.exp(_wide(logits, chosen, targets) / temperature - normaliser[..., None])
     # In fp32, before anything is rounded: where a target is nearly certain, little is left of it.
     slope = jnp.where(_is_target(logits, targets), 1.0 - softmax, -softmax) * (upstream[0] / temperature)[..., None]
-    return slope.astype(logits.dtype), None
+    return slope.astype(logits.dtype), None, None
 
 
 _log_softmax_at.defvjp(_log_softmax_forward, _log_softmax_backward)
+
+
+def _wide(logits: jax.Array, chosen: jax.Array, targets: jax.Array) -> jax.Array:
+    return jnp.where(_is_target(logits, targets), chosen[..., None], logits.astype(jnp.float32))
 
 
 def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -55,8 +55,7 @@ class JaxTrainer:
         """One optimizer step; see PolicyTrainer. Host and devices exchange only what is sent or asked for in so many
         words."""
         with jax.transfer_guard_host_to_device("disallow"), jax.transfer_guard_device_to_host("disallow"):
-            loss, sums, gradients = self._accumulate(batch, self._config.loss)
-            norm = optimizer.global_norm(gradients)
+            loss, sums, gradients, norm = self._accumulate(batch, self._config.loss)
             found = float(jax.device_get(norm))
             if not math.isfinite(loss) or not math.isfinite(found):
                 raise NonFiniteUpdate(f"loss {loss}, gradient norm {found}.")
@@ -73,17 +72,18 @@ class JaxTrainer:
         if self._average is not None:
             self._average.follow(self._params, int(jax.device_get(self._moments.count)))
 
-    def _accumulate(self, batch: TrainBatch, loss_config: LossConfig) -> tuple[float, Sums, Params]:
-        """The loss over the whole batch, its statistics as floats, and its gradient."""
+    def _accumulate(self, batch: TrainBatch, loss_config: LossConfig) -> tuple[float, Sums, Params, jax.Array]:
+        """The loss over the whole batch, its statistics as floats, its gradient and the norm of that."""
         program = self._program._replace(loss=loss_config).for_rows(batch.segment_ids)
         gradients = programs.no_gradients(self._trained, self._mesh)
         parts = []
         for rows in self._microbatches(batch):
             gradients, *part = programs.accumulate(self._params, gradients, rows, program)
             parts.append(part)
-        # Asked for once, at the end: the devices need not wait for the host between micro-batches.
+        norm = optimizer.global_norm(gradients)
+        # Asked for once, after all work is handed out: the devices need not wait for the host in between.
         losses, sums = zip(*jax.device_get(parts), strict=True)
-        return sum(map(float, losses)), Sums(*map(float, functools.reduce(add_sums, sums))), gradients
+        return sum(map(float, losses)), Sums(*map(float, functools.reduce(add_sums, sums))), gradients, norm
 
     def logprobs(self, batch: TrainBatch, which: Literal["policy", "reference"]) -> np.ndarray:
         """float32 [B T] of the policy or the reference; see PolicyTrainer."""
@@ -111,7 +111,7 @@ class JaxTrainer:
 
     def named_gradients(self, batch: TrainBatch, loss: LossConfig) -> tuple[float, dict[str, np.ndarray]]:
         """Loss and gradient by Hugging Face name; see ParityTrainer."""
-        value, _, gradients = self._accumulate(batch, loss)
+        value, _, gradients, _ = self._accumulate(batch, loss)
         return value, named(gradients, self._program.frozen)
 
     def loss_gradient(self, batch: TrainBatch, loss: LossConfig, logprobs: np.ndarray) -> tuple[float, np.ndarray]:

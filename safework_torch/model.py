@@ -127,13 +127,15 @@ def prepare_layers(model: PreTrainedModel, recompute: Recompute, compiled: bool)
     """
     settings = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn: dropout is refused
     for layer in model.model.layers:
-        if compiled:
-            layer.forward = torch.compile(layer.forward)
-        if recompute == "full":
+        if recompute == "full":  # under the compiler, which leaves out what no gradient needs, as the last product
             layer.forward = partial(checkpoint, layer.forward, **settings)
         elif recompute == "dots" and not compiled:
             contexts = partial(create_selective_checkpoint_contexts, _keep_dots)
             layer.forward = partial(checkpoint, layer.forward, context_fn=contexts, **settings)
+        if compiled:
+            layer.forward = torch.compile(layer.forward)
+    if compiled:
+        model.model.norm.forward = torch.compile(model.model.norm.forward)
 
 
 def _keep_dots(_context: object, operation: object, *_args: object, **_kwargs: object) -> CheckpointPolicy:
@@ -163,7 +165,14 @@ def packed_logprobs(
 
 def next_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Hidden states [P D] -> the logits of the tokens after them, fp32 [P V]."""
-    return (hidden @ head(model).to(hidden.dtype).T).float()
+    return wide_product(hidden, head(model).to(hidden.dtype).T)
+
+
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """[P D] @ [D V] in fp32, not rounded to the dtype of the factors where the device can do without."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).float()
 
 
 def head(model: PreTrainedModel) -> nn.Parameter:

@@ -18,7 +18,9 @@ CHUNK_KEPT = {"cpu": 512, "cuda": 8192}  # where all logits are kept in any case
 class _TokenLogprobs(torch.autograd.Function):
     """Chunked log-softmax of `hidden @ weight.T / temperature` at the targets, with its exact gradient.
 
-    The backward pass computes the logits again, chunk by chunk, unless they are kept; the entropy has no gradient.
+    In bfloat16 a logit of 20 is rounded by up to 1/16, which would be most of a logprob's error: those of the targets
+    are computed once more, in fp32. The backward pass computes logits again, chunk by chunk, unless they are kept; the
+    entropy has no gradient.
     """
 
     @staticmethod
@@ -28,25 +30,25 @@ class _TokenLogprobs(torch.autograd.Function):
         parts, kept = [], []
         for part, target in _chunks(keep, hidden, targets):
             logits = part @ weight.T
-            parts.append(_fused(_statistics, hidden.device.type)(logits, target, temperature))
+            parts.append(_fused(_statistics, hidden.device.type)(logits, part, weight, target, temperature))
             kept += [logits] if keep else []
             del logits  # before the next ones are made
-        logprobs, entropy, normalisers = map(torch.cat, zip(*parts, strict=True))
-        ctx.save_for_backward(hidden, weight, targets, normalisers, *kept)
+        logprobs, entropy, normalisers, chosen = map(torch.cat, zip(*parts, strict=True))
+        ctx.save_for_backward(hidden, weight, targets, normalisers, chosen, *kept)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _entropy_grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden, weight, targets, normalisers, *kept = ctx.saved_tensors
+        hidden, weight, targets, normalisers, chosen, *kept = ctx.saved_tensors
         hidden_grad = torch.empty_like(hidden)
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for index, parts in enumerate(_chunks(bool(kept), hidden, targets, normalisers, grad, hidden_grad)):
-            part, target, normaliser, upstream, out = parts
+        for index, parts in enumerate(_chunks(bool(kept), hidden, targets, chosen, normalisers, grad, hidden_grad)):
+            part, target, at_target, normaliser, upstream, out = parts
             logits = kept[index] if kept else part @ weight.T
             # At the targets in a step of its own: fused into the other, it would cost a second array like the logits.
-            at_target = _fused(_slope, hidden.device.type)(logits, target, normaliser, upstream, ctx.temperature)
+            at_target = _fused(_slope, hidden.device.type)(logits, at_target, normaliser, upstream, ctx.temperature)
             slope = logits.scatter_(-1, target[:, None], at_target)
             torch.mm(slope, weight, out=out)
             if weight_grad is not None:
@@ -60,33 +62,40 @@ def _chunks(keep: bool, *arrays: Tensor) -> Any:
     return zip(*(array.split(size) for array in arrays), strict=True)
 
 
-def _statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """[C V], [C] -> logprob of the target, entropy, and log of the normaliser, fp32 [C] each.
+def _statistics(
+    logits: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[C V], [C D], [V D], [C] -> logprob of the target, entropy, log of the normaliser, and the target's own logit,
+    fp32 [C] each.
 
     In sums that a compiler makes in two passes, of which the second is the last use of what is made on the way.
     """
-    scaled = logits.float() / temperature
+    if logits.dtype == torch.float32:
+        chosen = logits.gather(-1, targets[:, None])[:, 0]
+    else:
+        chosen = (hidden.float() * weight[targets].float()).sum(dim=-1)
+        is_target = torch.arange(logits.shape[-1], device=logits.device) == targets[:, None]
+        logits = torch.where(is_target, chosen[:, None], logits.float())
+    scaled = logits / temperature
     top = scaled.amax(dim=-1, keepdim=True)
     below = scaled - top
     share = below.exp()
     mass = share.sum(dim=-1)
     mean_below = share.mul_(below).sum(dim=-1) / mass
     normaliser = top[:, 0] + mass.log()
-    chosen = logits.gather(-1, targets[:, None])[:, 0].float() / temperature
-    return chosen - normaliser, mass.log() - mean_below, normaliser
+    return chosen / temperature - normaliser, mass.log() - mean_below, normaliser, chosen
 
 
-def _slope(logits: Tensor, targets: Tensor, normaliser: Tensor, upstream: Tensor, temperature: float) -> Tensor:
+def _slope(logits: Tensor, chosen: Tensor, normaliser: Tensor, upstream: Tensor, temperature: float) -> Tensor:
     """The gradient [C V] at the logits, upstream x (one-hot(target) - softmax) / temperature: in their place as if no
-    token were the target, and what it is at the targets [C 1].
+    token were the target, and what it is at the targets [C 1], whose own logits are `chosen` [C].
     """
-    factor = upstream[:, None] / temperature
-    chosen = logits.gather(-1, targets[:, None]).float() / temperature
+    factor = upstream / temperature
     # In fp32, before anything is rounded: where a target is nearly certain, little is left of it.
-    at_target = factor * (1.0 - (chosen - normaliser[:, None]).exp())
+    at_target = factor * (1.0 - (chosen / temperature - normaliser).exp())
     softmax = (logits.float() / temperature).sub_(normaliser[:, None]).exp_()
-    logits.copy_(softmax.mul_(-factor))
-    return at_target.to(logits.dtype)
+    logits.copy_(softmax.mul_(-factor[:, None]))
+    return at_target[:, None].to(logits.dtype)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

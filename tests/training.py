@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from common.trainer import PolicyTrainer, Response, Sampling, SamplingPrompt
 from common.types import TrainBatch
 
 ROOT = Path(__file__).parents[1]
+# Of torch. Without g++ a graph is still traced and differentiated whole, but not turned into machine code.
+COMPILER = "inductor" if shutil.which("g++") else "aot_eager"
 
 
 def write_data(file: Path) -> Path:

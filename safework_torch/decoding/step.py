@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from safework_torch.decoding.cache import KeyValueCache
+from safework_torch.model import wide_product
 
 
 class _Projection:
@@ -40,6 +41,10 @@ class _Projection:
         if self.packed:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
+
+    def wide(self, x: Tensor) -> Tensor:
+        """The same in fp32, of a projection without bias, not rounded in between where the device can do without."""
+        return self(x) if self.packed else wide_product(x.to(self.dtype), self.weight.T)
 
 
 class _Layer:
@@ -105,7 +110,7 @@ class DecodeStep:
             gate, up = layer.gate_up(_normed(layer.mlp_norm, x)).chunk(2, dim=-1)
             x = x + layer.down(layer.activation(gate) * up)
         cache.used += 1
-        return self._head(_normed(self._model.norm, x)).float()
+        return self._head.wide(_normed(self._model.norm, x))
 
 
 def _attended(

@@ -131,6 +131,20 @@ def test_bfloat16_hidden_states_give_fp32_logprobs() -> None:
     assert np.abs(logprobs - exact).max() < 0.1
 
 
+def test_a_targets_logit_is_not_rounded() -> None:
+    hidden = jnp.asarray([[[2.0, 2.0**-8], [0.0, 0.0]]], jnp.bfloat16)
+    weight = np.zeros((VOCABULARY, 2), np.float32)
+    weight[7] = 1.0  # the only logit that is not 0: 2.0039, which bfloat16 has as 2
+    arrays = np.array([[0, 7]]), np.array([[0, 0]]), np.array([[False, True]])
+    with jax.disable_jit():  # or XLA may leave out the rounding of the product
+        ours = with_gradients(token_logprobs, np.ones((1, 2)), hidden, jnp.asarray(weight), *arrays, temperature=1.0)
+    exact = exact_values(np.asarray(hidden, np.float64), weight.astype(np.float64), *arrays)
+    for found, expected in zip(ours[:2], exact, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    share = np.exp(exact[0][0, 1])
+    np.testing.assert_allclose(ours[2][0, 0].astype(np.float32), 1.0 - share, rtol=2.0**-8)
+
+
 def test_memory_does_not_grow_by_tokens_times_vocabulary() -> None:
     vocabulary = 1 << 15
 

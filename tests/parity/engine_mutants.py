@@ -22,15 +22,15 @@ _TORCH = [
     Mutant(
         "torch logprobs ignore the temperature",
         "safework_torch/token_logprobs.py",
-        "[:, 0].float() / temperature",
-        "[:, 0].float()",
+        "return chosen / temperature",
+        "return chosen",
         "logprob difference",
     ),
     Mutant(
         "torch gradients ignore the temperature",
         "safework_torch/token_logprobs.py",
-        "upstream[:, None] / temperature",
-        "upstream[:, None]",
+        "factor = upstream / temperature",
+        "factor = upstream",
         "gradient norm ratio - 1, on-policy",
     ),
     Mutant(
@@ -116,8 +116,8 @@ _JAX = [
     Mutant(
         "jax logprobs ignore the temperature",
         "safework_jax/token_logprobs.py",
-        "    scaled = logits.astype(jnp.float32) / temperature\n",
-        "    scaled = logits.astype(jnp.float32) / 1.0\n",
+        "scaled = _wide(logits, chosen, targets) / temperature",
+        "scaled = _wide(logits, chosen, targets) / 1.0",
         "logprob difference",
     ),
     Mutant(

@@ -4,7 +4,6 @@ statistics and gradients, in float64, for every policy loss and every KL penalty
 
 from __future__ import annotations
 
-import shutil
 from typing import NamedTuple
 
 import jax
@@ -19,15 +18,13 @@ from common.config.method import LossConfig
 from safework_torch.main import _segment_sum
 from tests.common.algorithms.batches import token_arrays
 from tests.common.algorithms.probe import gradient
+from tests.training import COMPILER
 
 TYPES = ("ppo_clip", "cpg", "cpgd", "gspo", "cispo", "cross_entropy")
 KL_TYPES = ("k1_reward", "k2_loss", "k3_loss", "rho_k3_loss")
 # Every policy loss, every penalty; the pairs share no term, so the whole product would show no more.
 KINDS = [(kind, "k3_loss") for kind in TYPES] + [("ppo_clip", kl) for kl in KL_TYPES if kl != "k3_loss"]
 CONFIGS = tuple(LossConfig.model_validate({"type": kind, "kl_type": kl, "kl_coef": 0.3}) for kind, kl in KINDS)
-
-# Without a C++ compiler the graph is still traced and differentiated whole, but not turned into machine code.
-BACKEND = "inductor" if shutil.which("g++") else "aot_eager"
 
 arrays.register(arrays.Engine(torch.Tensor, torch, torch.Tensor.detach, _segment_sum))
 arrays.register(arrays.Engine(jax.Array, jnp, jax.lax.stop_gradient, jax.ops.segment_sum))
@@ -57,7 +54,7 @@ def on_torch(logprobs: np.ndarray, entropy: np.ndarray, constants: TokenArrays, 
         found = [objective(config, lp, spread, held) for config, lp in zip(CONFIGS, stacked, strict=True)]
         return torch.stack([loss for loss, _ in found]), [sums for _, sums in found]
 
-    run = torch.compile(all_configs, fullgraph=True, backend=BACKEND) if compiled else all_configs
+    run = torch.compile(all_configs, fullgraph=True, backend=COMPILER) if compiled else all_configs
     losses, sums = run(own, torch.from_numpy(entropy))
     losses.sum().backward()
     assert own.grad is not None

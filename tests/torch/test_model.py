@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from common.config import ConfigError
 from common.data.batching import TrainSequence
 from safework_torch.attention import Packing
 from safework_torch.model import head, hidden_states, load_model, prepare_layers
-from tests.training import packed, random_sequences, response_places
+from tests.training import COMPILER, packed, random_sequences, response_places
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -222,3 +223,34 @@ def test_recompute_changes_what_is_computed_twice_and_not_the_gradients(folders:
         assert counts["silu"] == 2 * layers
         assert counts["mm"] + counts["bmm"] == products + more_products
         assert_equal_gradients(again, plain, 1e-6)
+
+
+def test_full_recompute_of_compiled_layers_keeps_their_inputs_and_changes_no_gradient(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=COMPILER))
+    plain = load_model(folders["llama"], CPU)
+    exact = gradients(plain, packed_logits(plain))
+    kept = {}
+    for mode in ("none", "full"):
+        model = load_model(folders["llama"], CPU)
+        prepare_layers(model, mode, compiled=True)
+        found, kept[mode] = kept_gradients(model)
+        assert_equal_gradients(found, exact, 1e-5)
+    assert kept["full"] < kept["none"] / 4
+
+
+def kept_gradients(model: Any) -> tuple[dict[str, torch.Tensor], int]:
+    """Gradients, and bytes that the forward pass keeps for the backward pass besides weights."""
+    weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = packed_logits(model)
+    return gradients(model, logits), sum(kept.values())

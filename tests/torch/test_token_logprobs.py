@@ -130,6 +130,20 @@ def test_bfloat16_hidden_states_give_fp32_logprobs() -> None:
     assert (logprobs - exact).abs().max() < 0.1
 
 
+def test_a_targets_logit_is_not_rounded() -> None:
+    hidden = torch.tensor([[[2.0, 2.0**-8], [0.0, 0.0]]]).bfloat16().requires_grad_()
+    weight = torch.zeros((VOCABULARY, 2))
+    weight[7] = 1.0  # the only logit that is not 0: 2.0039, which bfloat16 has as 2
+    arrays = torch.tensor([[0, 7]]), torch.tensor([[0, 0]]), torch.tensor([[False, True]])
+    logprobs, entropy = chunked(hidden, weight.bfloat16(), *arrays, 1.0)
+    exact = plain(hidden.detach().double(), weight.double(), *arrays, 1.0)
+    for ours, expected in zip((logprobs, entropy), exact, strict=True):
+        torch.testing.assert_close(ours.detach().double(), expected, rtol=0.0, atol=1e-6)
+    logprobs.sum().backward()
+    slope = (1.0 - exact[0][0, 1].exp()).expand(2).bfloat16()
+    torch.testing.assert_close(hidden.grad[0, 0], slope, rtol=2.0**-8, atol=0.0)
+
+
 PEAK_GROWTH = """
 import resource, torch
 from safework_torch.token_logprobs import token_logprobs

@@ -114,7 +114,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Vectors scaled to mean square 1, computed in float32, then weighted in the dtype of x."""
+    """Vectors scaled to mean square 1 and weighted, computed in float32 and rounded once to the dtype of x."""
 
     def __init__(self, dim: int, eps: float) -> None:
         self.weight = nnx.Param(jnp.ones(dim))
@@ -124,7 +124,7 @@ class RMSNorm(nnx.Module):
         """[... dim] -> [... dim]"""
         wide = x.astype(jnp.float32)
         unit = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return self.weight[...].astype(x.dtype) * unit.astype(x.dtype)
+        return (self.weight[...].astype(jnp.float32) * unit).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -162,7 +162,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B T D] -> [B T D]"""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        gate, up = (linear(x).astype(jnp.float32) for linear in (self.gate, self.up))
+        return self.down((jax.nn.silu(gate) * up).astype(x.dtype))
 
 
 class Block(nnx.Module):
@@ -213,6 +214,12 @@ def init_params(config: DecoderConfig, key: jax.Array, dtype: DTypeLike) -> Para
 def head_weight(config: DecoderConfig, params: Params) -> jax.Array:
     """The matrix that turns hidden states into logits, [V D]."""
     return params["embed" if config.tied_embeddings else "head"]["weight"]
+
+
+def next_logits(config: DecoderConfig, params: Params, hidden: jax.Array) -> jax.Array:
+    """Hidden states [P D] -> the logits of the tokens after them, fp32 [P V], not rounded to their dtype."""
+    weight = head_weight(config, params).astype(hidden.dtype)
+    return jnp.matmul(hidden, weight.T, preferred_element_type=jnp.float32)
 
 
 def rotation_at(rope: Rope, positions: jax.Array) -> Rotation:
