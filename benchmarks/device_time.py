@@ -1,4 +1,4 @@
-"""What one GPU does during updates: kernels by kind, launches, and the gaps in which it waits for its host.
+"""What a process's first GPU does during updates: kernels by kind, launches, and gaps in which it waits for its host.
 
 A gap is time between the first and the last kernel in which no kernel runs, copies counted as kernels.
 """
@@ -55,12 +55,11 @@ def on_jax(run: Callable[[], None]) -> list[Span]:
         with jax.profiler.trace(folder):
             run()
         [trace] = Path(folder).rglob("*.xplane.pb")
-        planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+        planes = {plane.name: plane for plane in jax.profiler.ProfileData.from_file(str(trace)).planes}
+        first = min(name for name in planes if name.startswith("/device:GPU:"))
         return [
             Span(event.name, event.start_ns / 1e6, event.end_ns / 1e6)
-            for plane in planes
-            if plane.name.startswith("/device:GPU:")
-            for line in plane.lines
+            for line in planes[first].lines
             if line.name is not None and line.name.startswith("Stream")
             for event in line.events
         ]

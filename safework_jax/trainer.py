@@ -41,6 +41,7 @@ class JaxTrainer:
         resting = config.backend.offload_reference
         self._reference = None if reference is None else self._load(reference, offload=resting)
         self._moments = optimizer.init_moments(self._trained, offload=config.backend.offload_optimizer)
+        self._steps = 0  # as the moments count them on the devices, which need not be asked
         rule = config.ema
         self._average = None if rule.decay is None else optimizer.Average(self._params, rule.decay, rule.every)
 
@@ -69,8 +70,9 @@ class JaxTrainer:
             self._config.optimizer, self._trained, self._moments, gradients, norm, rate, frozen
         )
         self._params = frozen.completed(trained, self._params)
+        self._steps += 1
         if self._average is not None:
-            self._average.follow(self._params, int(jax.device_get(self._moments.count)))
+            self._average.follow(self._params, self._steps)
 
     def _accumulate(self, batch: TrainBatch, loss_config: LossConfig) -> tuple[float, Sums, Params, jax.Array]:
         """The loss over the whole batch, its statistics as floats, its gradient and the norm of that."""
@@ -148,6 +150,7 @@ class JaxTrainer:
         self._params, self._moments = restore_state(
             self._params, self._moments, self._average, self._program.frozen, directory
         )
+        self._steps = int(jax.device_get(self._moments.count))
 
     def peak_memory_gib(self) -> float:
         """Peak of the device allocator, or of resident memory on a CPU."""

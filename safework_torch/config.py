@@ -13,8 +13,10 @@ class TorchSection(EngineSection):
     """compile: torch.compile on the decoder blocks (a GPU gains; the CPU's first step gets slower).
 
     sharding: what several processes share of weights, gradients and moments (`sharding.py` says what that costs).
-    offload_parameters: the fp32 weights rest in host memory, and gradients with them; 4 bytes a parameter less on the
-    device between updates, 8 or 10 during one, and each update brings all of them there and back.
+    offload_parameters: the fp32 weights rest in host memory, and their gradients with them: 4 bytes a parameter less on
+    the device between updates and 8 during one (zero1: 4). An update brings the weights to the device and back, each of
+    its micro-batches the gradients to the host. A process alone in fp32 saves its gradients only: products need the
+    weights.
     """
 
     compile: bool = False

@@ -81,6 +81,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype = torch.fl
     """`empty_model` with its weights, whole on one device."""
     model = empty_model(folder, dtype)
     fill(model, folder, device)
+    model.model.rotary_emb.to(device)
     return model
 
 

@@ -52,7 +52,7 @@ class AdamW:
     ) -> None:
         self._config = config
         self._device = device
-        self._travels = offload or any(parameter.device != device for parameter in named.values())
+        self._travels = offload or any(parameter.device.type != device.type for parameter in named.values())
         self._copies = copies
         self.named = dict(named)
         self.first_moment, self.second_moment = (

@@ -97,7 +97,7 @@ def _counted(job: _Job) -> Plan:
     if job.target.num_chips == 1:
         kinds["parameters, bf16"] = _WIDTH * weights.own
     if config.ema.decay is not None:
-        kinds["average"] = 4 * weights.own
+        kinds["average"] = masters
     if config.loss.kl_coef and not config.backend.offload_reference:
         kinds["reference"] = _WIDTH * weights.own
     held = sum(kinds.values())

@@ -65,7 +65,7 @@ class Whole(nn.Module):
         """Read the weights that this process holds from a model's folder, for work on a device."""
         self._device = device
         fill(self.model, folder, torch.device("cpu") if self._offload else device)
-        self.model.model.rotary_emb.to(device)  # it never rests
+        self.model.model.rotary_emb.to(device)
         self.masters = self._masters()
         if self._offload and not self._is_trained and not self._modules_in_shards:
             self._resting = {weight: _pinned(weight.data) for weight in self.masters.values()}
@@ -192,7 +192,6 @@ def fill(model: PreTrainedModel, folder: Path, device: torch.device) -> None:
             if weight not in found:
                 found[weight] = nn.Parameter(_read(tensors[name], name, weight, device), weight.requires_grad)
             put(found[weight], model, name)
-    model.model.rotary_emb.to(device)
 
 
 def put(weight: nn.Parameter, module: nn.Module, name: str) -> None:

@@ -52,6 +52,7 @@ class TorchTrainer:
         self._reference = None
         if reference is not None:
             fixed = empty_model(reference, self._dtype).requires_grad_(False)
+            prepare_layers(fixed, config.backend.recompute, section.compile)  # rounded as the policy is
             resting = config.backend.offload_reference
             self._reference = Whole(fixed, section.sharding, self._dtype, offload=resting)
             self._reference.read(reference, self._device)

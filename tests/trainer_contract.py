@@ -261,3 +261,9 @@ def check_reference(trainer: ParityTrainer, of_reference: ParityTrainer) -> None
         trainer.update(replace(batch, ref_logprobs=expected), 1e-2)
     assert np.abs(trainer.logprobs(batch, "policy") - first).max() > 0.01
     assert not trainer.logprobs(batch, "policy")[~batch.sampled].any()
+
+
+def check_same_reference(trainer: ParityTrainer) -> None:
+    """The policy's own starting point as its reference: the penalty begins at 0, and not at what was rounded apart."""
+    batch = packed(SEQUENCES, 32, 2)
+    np.testing.assert_array_equal(trainer.logprobs(batch, "policy"), trainer.logprobs(batch, "reference"))

@@ -224,13 +224,14 @@ def test_norms_and_gates_round_once(folders: dict[str, Path]) -> None:
     config, _ = load_model(folders["llama"], jnp.float32)
     rng = np.random.default_rng(0)
     norm, mlp = text.RMSNorm(config.hidden_dim, 1e-6), text.MLP(config, nnx.Rngs(0))
-    norm.weight[...] = jnp.asarray(rng.uniform(0.5, 2.0, config.hidden_dim), jnp.bfloat16).astype(jnp.float32)
+    norm.weight[...] = jnp.asarray(rng.uniform(0.5, 2.0, config.hidden_dim), jnp.float32)
     x = jnp.asarray(rng.normal(size=(400, config.hidden_dim)), jnp.bfloat16)
     wide = np.asarray(x, np.float64)
-    normed = wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + 1e-6) * np.asarray(norm.weight[...], np.float64)
+    weight = np.asarray(norm.weight[...].astype(jnp.bfloat16), np.float64)  # as products have it, and torch all weights
+    normed = wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + 1e-6) * weight
     gate, up = (np.asarray(linear(x), np.float64) for linear in (mlp.gate, mlp.up))
     mlp.down = lambda gated: gated
-    for found, exact in ((norm(x), normed), (mlp(x), gate / (1.0 + np.exp(-gate)) * up)):
+    for found, exact in ((jax.jit(lambda x: norm(x, x.dtype))(x), normed), (mlp(x), gate / (1.0 + np.exp(-gate)) * up)):
         # Rounded once more in the middle, about a fourth of them would be a unit off.
         assert (np.asarray(found) == np.asarray(exact, np.float32).astype(found.dtype)).mean() > 0.999
 

@@ -71,6 +71,11 @@ def test_reference_stays_what_it_was(tmp_path: Path) -> None:
         contract.check_reference(trainer, make_trainer(reference))
 
 
+def test_a_policy_and_the_same_reference_answer_alike(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    contract.check_same_reference(make_trainer(model, model, loss=KL_LOSS, backend={"dtype": "bfloat16"}))
+
+
 def test_bfloat16_stays_in_the_products(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", "qwen3", head_dim=16)
     contract.check_bfloat16(make_trainer(model, backend={"dtype": "bfloat16"}), make_trainer(model))

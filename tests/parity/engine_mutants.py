@@ -151,8 +151,8 @@ _JAX = [
     Mutant(
         "jax swaps the norms of queries and keys",
         "safework_jax/models/decoder/text.py",
-        "self.query_norm(query), self.key_norm(key)",
-        "self.key_norm(query), self.query_norm(key)",
+        "self.query_norm(query, x.dtype), self.key_norm(key, x.dtype)",
+        "self.key_norm(query, x.dtype), self.query_norm(key, x.dtype)",
         "logprob difference",
     ),
     Mutant(

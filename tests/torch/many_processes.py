@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from safetensors.numpy import save_file
+from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile
 
 from common.config import load_config
@@ -40,6 +41,7 @@ def main(run_file: str, model: str, out: str, *modes: str) -> None:
             resting = f"backend.torch.offload_parameters={str(mode != sharding).lower()}"
             overrides = [f"backend.torch.sharding={sharding}", resting, f"batch.rows_per_microbatch={ROWS}"]
             trainer = open_trainer(load_config([run_file], overrides), Path(model), None)
+            assert offloads(trainer) in (None, mode != sharding)
             folder = Path(out) / mode
             if team.leads:
                 folder.mkdir(parents=True)
@@ -58,6 +60,14 @@ def counted(trainer: TorchTrainer) -> dict[str, int]:
     with profile(activities=[ProfilerActivity.CPU]) as watched:
         trainer.update(BATCHES["four micro-batches"], 1e-3)
     return {event.key: event.count for event in watched.key_averages() if event.key.startswith("c10d::")}
+
+
+def offloads(trainer: TorchTrainer) -> bool | None:
+    """Whether weights were told to stay on the host, where on a CPU they are in any case; None in one process."""
+    layer = trainer._policy.model.model.layers[0]
+    if not isinstance(layer, FSDPModule):
+        return None
+    return all(weight.offload_to_cpu for weight in layer._get_fsdp_state()._fsdp_param_group.fsdp_params)
 
 
 def shares(trainer: TorchTrainer) -> dict[str, float]:

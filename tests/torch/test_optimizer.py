@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.config.method import OptimizerConfig
 from common.state_files import write_state
@@ -55,6 +56,15 @@ def test_ten_steps_follow_the_written_rule(case: str) -> None:
     for name in SHAPES:
         np.testing.assert_allclose(optimizer.first_moment[name], reference.first[name], rtol=1e-4, atol=1e-7 * size)
         np.testing.assert_allclose(optimizer.second_moment[name], reference.second[name], rtol=1e-4)
+
+
+def test_on_a_gpu_nothing_travels_that_lies_there() -> None:
+    with FakeTensorMode():
+        there = {"weight": nn.Parameter(torch.empty(4, 4, device="cuda:0"))}
+        here = {"weight": nn.Parameter(torch.empty(4, 4))}
+        gpu = torch.device("cuda")  # as the trainer names it
+        assert not AdamW(there, OptimizerConfig(), gpu)._travels
+        assert AdamW(here, OptimizerConfig(), gpu)._travels
 
 
 def test_decay_survives_a_tiny_learning_rate() -> None:

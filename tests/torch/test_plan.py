@@ -39,6 +39,7 @@ SIX_TENTHS |= {"num_attention_heads": 16, "num_key_value_heads": 8}
 MEASURED = [
     (HALF_B, "h100:1", "none", 32, 45.9),
     (HALF_B, "h100:1", "dots", 32, 39.3),
+    (HALF_B, "h100:1", "full", 64, 13.7),
     (HALF_B, "h100:1", "full", 32, 12.1),
     (HALF_B, "h100:1", "full", 16, 10.4),
     (ONE_AND_A_HALF_B, "h100:1", "none", 16, 64.2),
@@ -59,6 +60,7 @@ def planned(
     """A plan of a model whose folder holds a config.json and nothing else; `batch` and the rest are of sections."""
     batch = {"row_tokens": 1024, "rows_per_microbatch": backend.pop("rows", 16), "packed": False, **(batch or {})}
     section = {"sharding": backend.pop("sharding", "zero2"), "offload_parameters": backend.pop("on_host", False)}
+    ema = {"decay": 0.99 if backend.pop("average", False) else None}
     frozen, loss = backend.pop("frozen", []), {"kl_type": "k3_loss", "kl_coef": 0.1} if backend.pop("kl", False) else {}
     model = folder / "model"
     model.mkdir()
@@ -68,6 +70,7 @@ def planned(
         model,
         backend={"dtype": "bfloat16", "torch": {"compile": True, **section}, **backend},
         batch=batch,
+        ema=ema,
         data={"max_prompt_tokens": 256},
         rollout={"max_new_tokens": 768},
         model={"frozen": frozen},
@@ -81,7 +84,7 @@ def test_the_peak_is_what_gpus_measured(
     shapes: dict[str, Any], target: str, recompute: str, rows: int, gib: float, tmp_path: Path
 ) -> None:
     [update] = planned(tmp_path, shapes, target, ("update",), recompute=recompute, rows=rows).programs
-    assert update.needed_bytes / 2**30 == pytest.approx(gib, rel=0.15)
+    assert update.needed_bytes / 2**30 == pytest.approx(gib, rel=0.09)
 
 
 @pytest.mark.parametrize(("shapes", "rows", "tokens", "gib"), PACKED)
@@ -90,7 +93,7 @@ def test_the_peak_of_packed_rows_is_what_a_gpu_measured(
 ) -> None:
     batch = {"row_tokens": tokens, "rows_per_microbatch": rows, "packed": True}
     [update] = planned(tmp_path, shapes, "h100:1", ("update",), batch, recompute="none").programs
-    assert update.needed_bytes / 2**30 == pytest.approx(gib, rel=0.15)
+    assert update.needed_bytes / 2**30 == pytest.approx(gib, rel=0.09)
 
 
 def test_what_a_compiled_layer_keeps_is_what_its_products_and_attention_read() -> None:
@@ -158,15 +161,15 @@ def test_offloaded_moments_are_not_on_the_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["h100:1", "h100:2"])
-def test_offloaded_parameters_rest_on_the_host_with_their_gradients(target: str, tmp_path: Path) -> None:
+def test_offloaded_parameters_rest_on_the_host_with_gradients_and_average(target: str, tmp_path: Path) -> None:
     plans = []
     for name, on_host in (("device", False), ("host", True)):
         (tmp_path / name).mkdir()
-        plans.append(planned(tmp_path / name, HALF_B, target, ("update",), on_host=on_host))
+        plans.append(planned(tmp_path / name, HALF_B, target, ("update",), on_host=on_host, average=True))
     device, host = plans
     masters = device.kinds["parameters, fp32"]
-    assert host.kinds == device.kinds | {"parameters, fp32": 0}
-    assert device.programs[0].needed_bytes - host.programs[0].needed_bytes == 2 * masters
+    assert host.kinds == device.kinds | {"parameters, fp32": 0, "average": 0}
+    assert device.programs[0].needed_bytes - host.programs[0].needed_bytes == 3 * masters  # and the gradients
 
 
 def test_an_offloaded_reference_is_on_the_gpu_for_its_logprobs_alone(tmp_path: Path) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from common.config import load_config
 from safework_torch.main import open_trainer
 from safework_torch.trainer import TorchTrainer
 from tests import trainer_contract as contract
 from tests.tiny import make_model
-from tests.training import write_run
+from tests.training import COMPILER, write_run
 
 KL_LOSS = {"kl_type": "k3_loss", "kl_coef": 0.1}
 
@@ -57,6 +59,7 @@ def test_parameters_may_rest_on_the_host(dtype: str, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     resting = {"dtype": dtype, "offload_optimizer": True, "torch": {"offload_parameters": True}}
     offloaded, resumed = (make_trainer(model, backend=resting) for _ in range(2))
+    assert offloaded._policy._copies_of_masters, "on a CPU nothing else tells where they rest"
     contract.check_offloaded(offloaded, resumed, make_trainer(model, backend={"dtype": dtype}), tmp_path)
 
 
@@ -73,7 +76,15 @@ def test_reference_stays_what_it_was(tmp_path: Path) -> None:
     model, reference = make_model(tmp_path / "model"), make_model(tmp_path / "reference", seed=1)
     for offload in (False, True):
         trainer = make_trainer(model, reference, loss=KL_LOSS, backend={"offload_reference": offload})
+        assert trainer._reference is not None and bool(trainer._reference._resting) == offload
         contract.check_reference(trainer, make_trainer(reference))
+
+
+def test_a_compiled_policy_and_the_same_reference_answer_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=COMPILER))
+    model = make_model(tmp_path / "model")
+    compiled = {"dtype": "bfloat16", "torch": {"compile": True}}
+    contract.check_same_reference(make_trainer(model, model, loss=KL_LOSS, backend=compiled))
 
 
 def test_bfloat16_stays_in_the_products(tmp_path: Path) -> None:

@@ -107,4 +107,4 @@ def decode(
     for layer, past, window in zip(layers, cache, config.windows, strict=True):
         x, slots = nnx.merge(structure, layer)(x, rotation, attend_with(past, window))
         grown.append(slots)
-    return decoder.norm(x[:, 0]), tuple(grown)
+    return decoder.norm(x[:, 0], x.dtype), tuple(grown)

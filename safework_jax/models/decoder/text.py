@@ -100,6 +100,13 @@ def _project_backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) ->
 project.defvjp(_project_forward, _project_backward)
 
 
+def rounded(weight: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Parameters as a pass that computes in dtype has them, in float32; their gradient comes back as it is."""
+    wide, info = weight.astype(jnp.float32), jnp.finfo(dtype)
+    found = jax.lax.reduce_precision(wide, info.nexp, info.nmant)  # XLA would leave out two casts
+    return wide + jax.lax.stop_gradient(found - wide)  # exactly what was found
+
+
 class Linear(nnx.Module):
     """x W^T + b, in the dtype of x."""
 
@@ -110,21 +117,21 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[... in] -> [... out]"""
         y = project(x, self.weight[...])
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return y if self.bias is None else (y + rounded(self.bias[...], x.dtype)).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
-    """Vectors scaled to mean square 1 and weighted, computed in float32 and rounded once to the dtype of x."""
+    """Vectors scaled to mean square 1 and weighted, computed in float32 and rounded once."""
 
     def __init__(self, dim: int, eps: float) -> None:
         self.weight = nnx.Param(jnp.ones(dim))
         self.eps = eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[... dim] -> [... dim]"""
+    def __call__(self, x: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """[... dim] -> [... dim] in dtype, that of the pass"""
         wide = x.astype(jnp.float32)
         unit = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (self.weight[...].astype(jnp.float32) * unit).astype(x.dtype)
+        return (rounded(self.weight[...], dtype) * unit).astype(dtype)
 
 
 class Attention(nnx.Module):
@@ -146,7 +153,7 @@ class Attention(nnx.Module):
             linear(x).reshape(*x.shape[:-1], -1, self.head_dim) for linear in (self.query, self.key, self.value)
         )
         if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
+            query, key = self.query_norm(query, x.dtype), self.key_norm(key, x.dtype)
         new = KeyValues(rotate(key, rotation).swapaxes(-3, -2), value.swapaxes(-3, -2))
         mixed, kept = attend(rotate(query, rotation), new)
         return self.output(mixed.reshape(*x.shape[:-1], -1)), kept
@@ -177,10 +184,10 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, rotation: Rotation, attend: Attend) -> tuple[jax.Array, Any]:
         """x [B T D] -> ([B T D], what `attend` keeps)"""
-        mixed, kept = self.attention(self.attention_norm(x), rotation, attend)
+        mixed, kept = self.attention(self.attention_norm(x, x.dtype), rotation, attend)
         # Not rounded in the middle, where nothing is kept: compiled torch does not round there either.
         middle = x.astype(jnp.float32) + mixed.astype(jnp.float32)
-        added = self.mlp(self.mlp_norm(middle).astype(x.dtype))
+        added = self.mlp(self.mlp_norm(middle, x.dtype))
         return (middle + added.astype(jnp.float32)).astype(x.dtype), kept
 
 
@@ -271,7 +278,7 @@ def run_layers(
     x = layout.by_rows(decoder.embed(token_ids, compute_dtype))
     each = params["layers"], jnp.asarray(config.windows, jnp.int32)
     x, kept = jax.lax.scan(run_block, x, each, unroll=layout.unrolled and not keep)
-    return decoder.norm(x), kept
+    return decoder.norm(x, x.dtype), kept
 
 
 def hidden_states(
