@@ -123,8 +123,8 @@ def _rotation(rotation_at: Callable[..., Rotation], x: Tensor, position_ids: Ten
 
 
 def prepare_layers(model: PreTrainedModel, recompute: Recompute, compiled: bool) -> None:
-    """Compile each layer, and keep less of it for the backward pass: `none` keeps all, `dots` matrix products only,
-    `full` layer inputs only. Compiled layers keep no more than `dots` does in any case.
+    """Compile each layer and the last norm, and keep less of a layer for the backward pass: `none` keeps all, `dots`
+    matrix products only, `full` layer inputs only. Compiled layers keep no more than `dots` does in any case.
     """
     settings = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn: dropout is refused
     for layer in model.model.layers:

@@ -41,14 +41,14 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _entropy_grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden, weight, targets, normalisers, chosen, *kept = ctx.saved_tensors
+        hidden, weight, targets, normalisers, all_chosen, *kept = ctx.saved_tensors
         hidden_grad = torch.empty_like(hidden)
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for index, parts in enumerate(_chunks(bool(kept), hidden, targets, chosen, normalisers, grad, hidden_grad)):
-            part, target, at_target, normaliser, upstream, out = parts
+        for index, parts in enumerate(_chunks(bool(kept), hidden, targets, all_chosen, normalisers, grad, hidden_grad)):
+            part, target, chosen, normaliser, upstream, out = parts
             logits = kept[index] if kept else part @ weight.T
             # At the targets in a step of its own: fused into the other, it would cost a second array like the logits.
-            at_target = _fused(_slope, hidden.device.type)(logits, at_target, normaliser, upstream, ctx.temperature)
+            at_target = _fused(_slope, hidden.device.type)(logits, chosen, normaliser, upstream, ctx.temperature)
             slope = logits.scatter_(-1, target[:, None], at_target)
             torch.mm(slope, weight, out=out)
             if weight_grad is not None:
