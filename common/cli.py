@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, get_args
 
-from rich.console import Console
-
 from common.attack.report import refuse_untried
 from common.attack.trial import Options
-from common.config import ConfigError, LoadedConfig, checks, explain, load_config
-from common.disk import not_written
-from common.engine_main import INTERRUPTED, USER_ERRORS, split_arguments
+from common.config import ConfigError, LoadedConfig, checks, explain, load_config, load_words
+from common.config.load import split_words
+from common.engine_main import INTERRUPTED, USER_ERRORS
+from common.engine_programs import hand_over
 from common.experiment import load_data, open_chat, policy_folder, reference_folder
 from common.export import DTYPES, Weights, export_model
 from common.launch import verb as launching
-from common.parity.ladder import certificate, compare, compare_relays, table
+from common.parity import verb as comparing
 from common.plan import verb as planning
 from common.reporting import UnwatchedConsole
 from common.run_dir import RunDir
@@ -92,9 +88,8 @@ def _parser() -> argparse.ArgumentParser:
 
     parity = verbs.add_parser("parity", help="measure torch against JAX on a config's own model and data")
     parity.add_argument("config", nargs="+", help=CONFIG_HELP)
-    parity.add_argument("--steps", type=launching.at_least_one, default=20, help="batches to record and replay")
-    parity.add_argument("--out", type=Path, default=Path("parity.json"), help="the certificate")
-    parity.set_defaults(run=_parity)
+    comparing.add_options(parity, launching.at_least_one)
+    parity.set_defaults(run=comparing.parity)
 
     plan = verbs.add_parser("plan", help="what a config needs of machines that are not here, and how fast it would be")
     plan.add_argument("config", nargs="+", help=CONFIG_HELP)
@@ -120,34 +115,23 @@ def _add_export_options(export: argparse.ArgumentParser) -> None:
     export.add_argument("--weights", choices=get_args(Weights), default="policy", help="the policy's, or their average")
 
 
-def _engine_command(name: str, *words: str) -> list[str]:
-    return [sys.executable, "-m", f"safework_{name}.main", *words]
-
-
 def _train(arguments: argparse.Namespace) -> NoReturn:
-    _hand_over(arguments.config, "train")
+    hand_over(arguments.config, "train")
 
 
 def _plan(arguments: argparse.Namespace) -> NoReturn:
-    _hand_over(arguments.config, "plan", arguments.target, str(arguments.slices), json.dumps(arguments.only))
+    hand_over(arguments.config, "plan", arguments.target, str(arguments.slices), json.dumps(arguments.only))
 
 
 def _attack(arguments: argparse.Namespace) -> NoReturn:
     overrides = [word for word in arguments.judge if "=" in word]  # behind the names, as they may stand
     judges = [word for word in arguments.judge if word not in overrides]
     options = json.dumps(Options(judges, arguments.samples, arguments.out))
-    _hand_over(arguments.config + overrides, "attack", options)
-
-
-def _hand_over(config: list[str], *verb: str) -> NoReturn:
-    """Let the engine's program take this process over, so that signals and exit status are its own."""
-    name = load_config(*split_arguments(config)).config.backend.name
-    sys.stdout.flush()
-    os.execv(sys.executable, _engine_command(name, *verb, *config))
+    hand_over(arguments.config + overrides, "attack", options)
 
 
 def _score(arguments: argparse.Namespace) -> NoReturn:
-    files, overrides = split_arguments(arguments.config)
+    files, overrides = split_words(arguments.config)
     if len(files) < 2:
         raise ConfigError(
             f"score got {' '.join(files) or 'no file'}. Give run files and, last, the file or run to score."
@@ -156,7 +140,7 @@ def _score(arguments: argparse.Namespace) -> NoReturn:
     out = arguments.out or _beside(Path(file))
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"--out {out}: no such folder. Make it, or give another path.")
-    _hand_over([*configs, *overrides], "score", file, str(out), arguments.label or "")
+    hand_over([*configs, *overrides], "score", file, str(out), arguments.label or "")
 
 
 def _beside(file: Path) -> Path:
@@ -165,12 +149,12 @@ def _beside(file: Path) -> Path:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    loaded = load_config(*split_arguments(arguments.config))
+    loaded = load_words(arguments.config)
     print(explain.explain(loaded), end="")
     for line in explain.explain_recipe(loaded.config):
         print(f"# {line}")
-    for sentence in checks.warnings(loaded.config):
-        print(f"# warning: {sentence}")
+    for warning in checks.warnings(loaded.config):
+        print(f"# warning: {warning}")
     print(f"# {_counts(loaded)}")
     return 0
 
@@ -187,7 +171,7 @@ def _counts(loaded: LoadedConfig) -> str:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    loaded = load_config(*split_arguments(arguments.config))
+    loaded = load_words(arguments.config)
     return 0 if serve(loaded, arguments.only, arguments.logs, UnwatchedConsole()) else INTERRUPTED
 
 
@@ -209,42 +193,6 @@ def _export(arguments: argparse.Namespace) -> int:
     whose = "the policy" if arguments.weights == "policy" else "the policy's average"
     print(f"{out}: {whose} after step {step}, {arguments.dtype}")
     return 0
-
-
-def _parity(arguments: argparse.Namespace) -> int:
-    config = load_config(*split_arguments(arguments.config)).config
-    if not arguments.out.absolute().parent.is_dir():
-        raise ConfigError(f"--out {arguments.out}: no such folder. Make it, or give another path.")
-    console = Console()
-    with tempfile.TemporaryDirectory(prefix="safework-parity-") as name:
-        folder = Path(name)
-        recording, gradients = folder / "recording", folder / "torch" / "gradients-on.safetensors"
-        _run_engine("torch", "record", str(recording), str(arguments.steps), *arguments.config)
-        for engine in ("torch", "jax"):
-            console.print(f"measuring {engine}")
-            _run_engine(engine, "measure", str(recording), str(gradients), str(folder / engine), *arguments.config)
-        relays = (("torch", "jax"), ("jax", "torch")) if arguments.steps > 1 else ()  # one step has no half
-        for engine, other in relays:
-            console.print(f"going on on {engine} where {other} was after half of the steps")
-            _run_engine(engine, "relay", str(recording), str(folder / other), str(folder / engine), *arguments.config)
-        rungs = compare(config, recording, folder / "torch", folder / "jax")
-        if relays:
-            rungs += compare_relays(config, folder / "torch", folder / "jax")
-        written = json.dumps(certificate(config, recording, rungs), indent=1) + "\n"
-    console.print(table(rungs))
-    try:
-        arguments.out.write_text(written)
-    except OSError as error:
-        raise not_written(arguments.out, error, "start the same command again") from error
-    failed = [rung.name for rung in rungs if not rung.passed]
-    console.print(f"{arguments.out}: {'FAILED: ' + ', '.join(failed) if failed else 'passed'}")
-    return 1 if failed else 0
-
-
-def _run_engine(name: str, *words: str) -> None:
-    # Each engine measures in its own process with its own backend.name, so that configs of both are exercised.
-    if subprocess.run(_engine_command(name, *words, f"backend.name={name}"), check=False).returncode:
-        raise ConfigError(f"the {name} engine could not do its part; its own message stands above.")
 
 
 if __name__ == "__main__":

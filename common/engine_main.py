@@ -12,17 +12,17 @@ relay RECORDING OTHER FOLDER CONFIG...          parity: go on where the other en
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from shutil import which
 from typing import NamedTuple
 
 from common.attack.trial import Options, attack
-from common.config import ConfigError, LoadedConfig, load_config
+from common.config import ConfigError, LoadedConfig, load_words
 from common.disk import NotSaved
 from common.interrupt import INTERRUPTED, stop_at_sigterm
 from common.parity.sides import OpenTrainer, measure_side, record_batches, relay_side
@@ -56,12 +56,6 @@ class Engine(NamedTuple):
         return partial(self.open_judge, loaded)
 
 
-def split_arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Config files and key=value overrides, in any order."""
-    files = [word for word in words if "=" not in word or os.path.exists(word)]
-    return files, [word for word in words if word not in files]
-
-
 def run_verb(engine: Engine, words: Sequence[str]) -> int:
     """Run one verb with its words; returns the process's exit status: 0, INTERRUPTED after a signal, or 1."""
     stop_at_sigterm()
@@ -93,32 +87,39 @@ def _run(engine: Engine, words: Sequence[str]) -> int:
         case ["record" | "measure" | "relay" as verb, *rest]:
             return _parity(engine, verb, rest)
         case ["train", *config]:
-            loaded, command = _load(config), f"safework train {shlex.join(config)}"
+            loaded, command = load_words(config), _command("train", *config)
             with engine.open_team(loaded.config.run.deadline_s) as team:
                 return train(loaded, engine.open_trainer, engine.judge_opener(loaded), team, command)
         case ["plan", target, slices, parts, *config]:
-            return plan(engine.open_plan, _load(config), target, int(slices), tuple(json.loads(parts)))
+            return plan(engine.open_plan, load_words(config), target, int(slices), tuple(json.loads(parts)))
         case ["attack", options, *config]:
-            loaded = _load(config)
+            loaded = load_words(config)
             return attack(loaded, engine.judge_opener(loaded), Options(*json.loads(options)))
         case ["score", file, out, label, *config]:
-            loaded, named = _load(config), ["--label", label] if label else []
-            command = shlex.join(["safework", "score", *config, file, "--out", out, *named])
+            loaded, named = load_words(config), ["--label", label] if label else []
+            command = _command("score", *config, file, "--out", out, *named)
             return score(loaded, engine.judge_opener(loaded), Job(Path(file), Path(out), label or None, command))
     return _usage()
+
+
+def _command(*words: str) -> str:
+    """What a person types for `safework` and these words: with this environment's folder, where PATH has none."""
+    own = Path(sys.executable).with_name("safework")
+    program = str(own) if own.exists() and not which("safework") else "safework"
+    return shlex.join([program, *words])
 
 
 def _parity(engine: Engine, verb: str, words: Sequence[str]) -> int:
     match verb, *words:
         case ["record", folder, steps, *config]:
-            loaded = _load(config)
+            loaded = load_words(config)
             record_batches(loaded, engine.open_trainer, engine.judge_opener(loaded), Path(folder), int(steps))
             return 0
         case ["measure", recording, gradients, folder, *config]:
-            measure_side(_load(config), engine.open_trainer, Path(recording), Path(gradients), Path(folder))
+            measure_side(load_words(config), engine.open_trainer, Path(recording), Path(gradients), Path(folder))
             return 0
         case ["relay", recording, other, folder, *config]:
-            relay_side(_load(config), engine.open_trainer, Path(recording), Path(other), Path(folder))
+            relay_side(load_words(config), engine.open_trainer, Path(recording), Path(other), Path(folder))
             return 0
     return _usage()
 
@@ -126,7 +127,3 @@ def _parity(engine: Engine, verb: str, words: Sequence[str]) -> int:
 def _usage() -> int:
     print(f"usage:{__doc__}", file=sys.stderr)
     return 2
-
-
-def _load(words: Sequence[str]) -> LoadedConfig:
-    return load_config(*split_arguments(words))

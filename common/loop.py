@@ -102,7 +102,7 @@ class Loop:
             **timer.metrics(_response_tokens(collected.scored.groups)),
             "memory/peak_gib": self._trainer.peak_memory_gib(),
         }
-        self._run.record("metrics.jsonl", [metrics])
+        self._run.record("metrics.jsonl", [{**metrics, "engine": self._config.backend.name}])
         self._reporter.step(metrics, collected.scored.groups)
         if not updates:
             count = len(collected.scored.groups)

@@ -17,8 +17,8 @@ from jax import sharding as placing
 from jax.experimental import topologies
 
 from common.config import ConfigError, LoadedConfig, RunConfig
-from common.plan.model import forward_flops, frozen_notes, planned_model, savings
-from common.plan.report import Plan, ProgramPlan, with_remedy
+from common.plan.model import fewer_samples, forward_flops, frozen_notes, planned_model, savings
+from common.plan.report import Plan, ProgramPlan, progress, with_remedy
 from common.plan.target import Target
 from common.trainer import Sampling
 from safework_jax import optimizer, programs, sampling
@@ -56,9 +56,11 @@ def plan(loaded: LoadedConfig, target: Target, parts: tuple[str, ...]) -> Plan:
     assert isinstance(loaded.engine, JaxSection)
     mesh = loaded.engine.mesh
     if mesh.num_devices != target.num_chips:
+        sizes = " x ".join(map(str, mesh.shape))
         raise ConfigError(
-            f"backend.jax.mesh = {mesh.num_devices} devices: {target.slices} x {target.name} has {target.num_chips} "
-            f"chips. Choose axes whose product is {target.num_chips}."
+            f"backend.jax.mesh: replica x fsdp x context x tensor = {sizes}: {target.slices} x {target.name} has "
+            f"{target.num_chips} chips. Choose sizes whose product is that, for example "
+            f"backend.jax.mesh.replica={target.slices} backend.jax.mesh.fsdp={target.num_chips // target.slices}."
         )
     hf = planned_model(loaded)
     job = _Job(loaded.config, mesh, hf, DecoderConfig.from_hf(hf), _chips(target), target, parts)
@@ -68,6 +70,8 @@ def plan(loaded: LoadedConfig, target: Target, parts: tuple[str, ...]) -> Plan:
 def _chips(target: Target) -> list[Any]:
     # The compiler asks a machine's metadata service for a TPU, and lets one process a machine in, unless told not to.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    # It warns of not knowing its own host, which is none: the chips are those of `topology_name`.
+    os.environ.update(TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4")
     slices = {} if target.slices == 1 else {"num_slices": target.slices}
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=target.name, **slices).devices)
@@ -101,6 +105,7 @@ def _compiled(job: _Job) -> Plan:
     found, notes = [], frozen_notes(job.config)
     for name, own, work, compile_program in _lowered(job, program, params, mesh):
         held = own + besides + (arriving if name == "logprobs" else 0)
+        progress(f"compiling {name}")
         begun = time.monotonic()
         try:
             compiled = compile_program()
@@ -200,7 +205,19 @@ def _sampling(
     yield "sampling: a token", forward_flops(job.hf, count, 1), advance.compile
 
 
-def _changes(job: _Job) -> Iterator[tuple[str, _Job]]:
+def _changes(job: _Job, too_large: set[str]) -> Iterator[tuple[str, _Job]]:
+    """Fewer rows for sampling, where that is too large; then, with those, one other change at a time."""
+    words = ""
+    if "sampling" in too_large:
+        for rows, config in fewer_samples(job.config):
+            job, words = job._replace(config=config), f"rollout.rows={rows} "
+            if too_large == {"sampling"}:
+                yield words.strip(), job
+    for other, changed in _other_changes(job):
+        yield words + other, changed
+
+
+def _other_changes(job: _Job) -> Iterator[tuple[str, _Job]]:
     batch, backend, mesh = job.config.batch, job.config.backend, job.mesh
     fewest = mesh.row_shares
     if batch.rows_per_microbatch > fewest:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from common.config import ConfigError, LoadedConfig, RunConfig
 from common.config.sentences import sentence
 from common.data.model_config import head_dim, num_kv_heads
-from common.plan.model import forward_flops, frozen_notes, planned_model, savings
+from common.plan.model import fewer_samples, forward_flops, frozen_notes, planned_model, savings
 from common.plan.report import Plan, ProgramPlan, with_remedy
 from common.plan.target import Target
 from safework_torch.compiled import Rows, layer_bytes
@@ -69,11 +68,11 @@ def plan(loaded: LoadedConfig, target: Target, parts: tuple[str, ...]) -> Plan:
     if loaded.config.backend.dtype != "bfloat16":
         problem, origin = "GPUs are planned for in bfloat16 alone. Set it to bfloat16.", loaded.origin("backend.dtype")
         raise ConfigError(sentence("backend.dtype", loaded.config.backend.dtype, origin, problem))
-    if loaded.config.batch.rows_per_microbatch % target.num_chips:
-        raise ConfigError(
-            f"batch.rows_per_microbatch = {loaded.config.batch.rows_per_microbatch}: does not divide over the "
-            f"{target.num_chips} GPUs of {target.name}. Choose a multiple of {target.num_chips}."
-        )
+    rows = loaded.config.batch.rows_per_microbatch
+    if rows % target.num_chips:
+        problem = f"does not divide over the {target.num_chips} GPUs of {target.name}. Choose a multiple of that."
+        origin = loaded.origin("batch.rows_per_microbatch")
+        raise ConfigError(sentence("batch.rows_per_microbatch", rows, origin, problem))
     if target.num_chips > _GPUS_OF_A_HOST and target.num_chips % _GPUS_OF_A_HOST:
         raise ConfigError(f"--target {target.name}: hosts have {_GPUS_OF_A_HOST} GPUs. Choose a multiple of that.")
     hf = planned_model(loaded)
@@ -104,12 +103,10 @@ def _counted(job: _Job) -> Plan:
     programs = []
     for part, counted in (("update", _update), ("logprobs", _logprobs), ("sampling", _sampling)):
         if part in job.parts:
-            begun = time.monotonic()
             temporaries, work, sent = counted(job, weights)
             work /= job.target.num_chips
             floor = work / job.target.chip.bf16_flops
-            seconds = time.monotonic() - begun
-            programs.append(ProgramPlan(part, held, temporaries, 0, work, sent, {}, 0.0, floor, seconds))
+            programs.append(ProgramPlan(part, held, temporaries, 0, work, sent, {}, 0.0, floor, 0.0))
     note = (
         "Counted, not compiled: responses as long as they may become, two micro-batches or more, a reference of the "
         "policy's size, no time but the floor."
@@ -256,9 +253,13 @@ def _forward(job: _Job) -> float:
     return forward_flops(job.hf, job.config.batch.rows_per_microbatch, job.rows.length)
 
 
-def _changes(job: _Job) -> Iterator[tuple[str, _Job]]:
+def _changes(job: _Job, too_large: set[str]) -> Iterator[tuple[str, _Job]]:
     """One more each time, the cheapest first."""
     fewest, words = job.target.num_chips, ""
+    if "sampling" in too_large:
+        for rows, config in fewer_samples(job.config):
+            job, words = job._replace(config=config), f"rollout.rows={rows}"
+            yield words, job
     if job.config.batch.rows_per_microbatch > fewest:
         smaller = job.config.batch.model_copy(update={"rows_per_microbatch": fewest})
         job = job._replace(config=job.config.model_copy(update={"batch": smaller}))

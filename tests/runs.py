@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +21,7 @@ LOWERCASE = [["Language", "English", "all lowercase"]]
 IMPOSSIBLE = [["Length", "Words", "at least 500 words"]]
 
 # What may differ between two runs that computed the same.
-TIMED = ("time/", "tokens_per_s", "memory/")
+TIMED = ("time/", "tokens_per_s", "memory/", "engine")
 
 # XLA spends half of its time on programs of tiny models, which run for milliseconds.
 SOON_COMPILED = "--xla_backend_optimization_level=0"
@@ -102,6 +104,13 @@ def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
     """Wait for a process and collect what it printed."""
     out, error = process.communicate(timeout=DEADLINE)
     return subprocess.CompletedProcess(process.args, process.returncode, out, error)
+
+
+def to_go_on(stopped: subprocess.CompletedProcess[str]) -> list[str]:
+    """The words of `safework` that a stopped command ends with, saying how to go on."""
+    program, *words = shlex.split(stopped.stderr.splitlines()[-1].partition("To go on: ")[2])
+    assert shutil.which(program)
+    return words
 
 
 def safework(*words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:

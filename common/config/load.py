@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -32,6 +33,17 @@ class LoadedConfig:
         return self.origins.get(key, DEFAULT)
 
 
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Config files and key=value overrides, in any order."""
+    files = [word for word in words if "=" not in word or os.path.exists(word)]
+    return files, [word for word in words if word not in files]
+
+
+def load_words(words: Sequence[str]) -> LoadedConfig:
+    """What a command line's config files and overrides, in any order, resolve to. Raises ConfigError."""
+    return load_config(*split_words(words))
+
+
 def load_config(paths: Sequence[str | Path], overrides: Iterable[str] = ()) -> LoadedConfig:
     """Read, merge and check run files. Raises ConfigError naming key, value, origin, what is allowed and what to do."""
     if not paths:
@@ -53,6 +65,9 @@ def load_config(paths: Sequence[str | Path], overrides: Iterable[str] = ()) -> L
         name: parse_table(import_module(f"safework_{name}.config").SECTION, table, f"backend.{name}", origin)
         for name, table in tables.items()
     }
+    # Everybody after this sees what an engine's table resolves to, its defaults too.
+    dumped = {name: section.model_dump() for name, section in engines.items()}
+    config = config.model_copy(update={"backend": config.backend.model_copy(update=dumped)})
     engine, resolved = engines[config.backend.name], config.model_dump()
     found = (*cross_checks(config), *engine.problems(config))
     if found:

@@ -86,11 +86,23 @@ def _is_public(key: str, value: Any) -> bool:
     return not value or (key not in _SECRETIVE and not SECRET.search(key))
 
 
-def unknown_key(key: str, origin: str, known: list[str]) -> str:
-    """The sentence for a key that is not there, with the name that may have been meant."""
-    close = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
-    hint = f"Did you mean {close[0]!r}?" if close else f"Known keys here: {', '.join(known) or 'none'}."
+def _unknown_key(key: str, origin: str, known: list[str], everywhere: list[str]) -> str:
+    """The sentence for a key that is not there, with what may have been meant: of `known`, the keys beside it, or of
+    all dotted ones.
+    """
+    name = key.rpartition(".")[2]
+    elsewhere = [other for other in everywhere if f"{other.rpartition('.')[2]}_".startswith(f"{name}_")]
+    close = elsewhere or difflib.get_close_matches(name, known, n=1) or _closest(name, everywhere)
+    hint = (
+        f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Known keys here: {', '.join(known) or 'none'}."
+    )
     return f"{key} ({origin}): is not a key of the config. {hint}"
+
+
+def _closest(name: str, dotted: list[str]) -> list[str]:
+    """The dotted keys whose last part is most like a name, if any is."""
+    close = difflib.get_close_matches(name, {key.rpartition(".")[2] for key in dotted}, n=1)
+    return [key for key in dotted if key.rpartition(".")[2] in close]
 
 
 @contextmanager
@@ -109,7 +121,7 @@ def _problem(model: type[BaseModel], details: Any, prefix: str, origin: Origin) 
         remedy = f"Set it in a run file or as {key}=value." if "." in key else "Include a file that has this table."
         return f"{key} ({_origin_around(key, origin)}): is not set and has no default. {remedy}"
     if details["type"] == "extra_forbidden":
-        return unknown_key(key, origin(key), _known_keys(model, parts[:-1]))
+        return _unknown_key(key, origin(key), _known_keys(model, parts[:-1]), list(_dotted_keys(model, prefix)))
     known = _WORDS.get(details["type"])
     words = known.format(**details.get("ctx", {})) if known else details["msg"]
     return sentence(key, details["input"], origin(key), f"{words}.")
@@ -129,6 +141,16 @@ def _known_keys(model: Any, parts: list[str]) -> list[str]:
         else:  # list[Section] or dict[str, Section]: the part is an index or a name
             model = get_args(model)[-1]
     return sorted(model.model_fields)
+
+
+def _dotted_keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    """Keys of a section and of the sections in it; not of those whose names a config chooses."""
+    for name, field in model.model_fields.items():
+        key, inner = f"{prefix}.{name}" if prefix else name, _without_null(field.annotation)
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from _dotted_keys(inner, key)
+        else:
+            yield key
 
 
 def _without_null(annotation: Any) -> Any:

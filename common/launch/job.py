@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from common.config import ConfigError, LoadedConfig, load_config
+from common.config import ConfigError, LoadedConfig, load_words
 from common.config.sentences import sentence
-from common.engine_main import split_arguments
 from common.interrupt import INTERRUPTED
 from common.run_dir import not_written
 
@@ -53,7 +52,7 @@ class Job(NamedTuple):
 
 def read_job(words: Sequence[str]) -> Job:
     """The job of config files and overrides. Raises ConfigError."""
-    return Job(list(words), load_config(*split_arguments(words)))
+    return Job(list(words), load_words(words))
 
 
 def command(*words: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -25,8 +26,7 @@ class ProgramPlan(NamedTuple):
     argument_bytes and temporary_bytes: memory while it runs, besides what `resident_bytes` are held and not given to
     it. flops: of all that it computes, loops counted. collective_bytes, least_bytes: by mesh axis, what the chip sends,
     and what it must. predicted_s: the compiler's own estimate of cycles, a prediction; 0 where it has none. floor_s:
-    its flops at the chip's peak, or its least bytes, whichever takes longer, where that is known. compile_s: seconds
-    that it took here to find this out.
+    its flops at the chip's peak. compile_s: seconds that its compiler took here; 0 where it was counted.
     """
 
     name: str
@@ -45,6 +45,11 @@ class ProgramPlan(NamedTuple):
         """Memory of one chip while it runs."""
         return self.argument_bytes + self.temporary_bytes + self.resident_bytes
 
+    @property
+    def part(self) -> str:
+        """Which of PARTS it belongs to."""
+        return self.name.partition(":")[0]
+
 
 class Plan(NamedTuple):
     """A config on a target. kinds: bytes of a chip by what lies there all the time. notes: sentences."""
@@ -55,9 +60,15 @@ class Plan(NamedTuple):
     notes: tuple[str, ...] = ()
 
     @property
+    def too_large(self) -> set[str]:
+        """The parts that do not leave a tenth of the memory free."""
+        allowed = SHARE * self.target.chip.memory_gib * _GIB
+        return {program.part for program in self.programs if program.needed_bytes > allowed}
+
+    @property
     def fits(self) -> bool:
         """Whether every program leaves a tenth of the memory free."""
-        return max(program.needed_bytes for program in self.programs) <= SHARE * self.target.chip.memory_gib * _GIB
+        return not self.too_large
 
 
 def report(plan: Plan) -> Group:
@@ -76,58 +87,84 @@ def verdict(plan: Plan) -> str:
     )
 
 
+def progress(words: str) -> None:
+    """Say what is being looked at, beside the tables: on the standard error."""
+    print(words, file=sys.stderr, flush=True)
+
+
 def with_remedy(
-    job: Job, planned: Callable[[Job], Plan], changes: Callable[[Job], Iterator[tuple[str, Job]]], how: str
+    job: Job, planned: Callable[[Job], Plan], changes: Callable[[Job, set[str]], Iterator[tuple[str, Job]]], how: str
 ) -> Plan:
-    """The plan of a job and, where that does not fit, the first of its changes that does; how: the way of looking at
-    it, such as `counted`.
+    """The plan of a job and, where that does not fit, the first of its changes that does; `changes` is told which parts
+    are too large. how: the way of looking at it, such as `counted`.
     """
     found = planned(job)
     if found.fits:
         return found
-    return found._replace(notes=(_smallest_change(changes(job), planned, how), *found.notes))
+    return found._replace(notes=(_smallest_change(changes(job, found.too_large), planned, how), *found.notes))
 
 
 def _smallest_change(changes: Iterator[tuple[str, Job]], planned: Callable[[Job], Plan], how: str) -> str:
     tried = []
     for words, changed in changes:
         tried.append(words)
+        progress(f"it does not fit; trying {words}")
         if planned(changed).fits:
             return f"It fits with {words}: {how} and checked."
-    return f"None of these makes it fit, {how} one by one: {'; '.join(tried) or 'there was nothing to try'}."
+    if not tried:
+        return "No setting that would make it smaller is left: it needs more chips, or larger ones."
+    return f"It needs more chips, or larger ones. What was {how} and does not fit either: {'; '.join(tried)}."
 
 
 def _kinds(plan: Plan) -> Table:
-    table = Table(
-        "kind", "GiB a chip", title=f"{plan.target.num_chips} chips of {plan.target.name}", title_justify="left"
-    )
-    for kind, size in plan.kinds.items():
-        table.add_row(kind, f"{size / _GIB:.3f}")
-    return table
+    rows = [(kind, _gib(size)) for kind, size in plan.kinds.items() if size]
+    number = plan.target.num_chips
+    title = f"{number} chip{'s' if number > 1 else ''} of {plan.target.name}"
+    return _table(title, ("kind", "GiB a chip"), rows)
 
 
 def _programs(plan: Plan) -> Table:
-    heads = ("program", "arguments", "temporaries", "held besides", "TFLOP", "predicted s", "floor s", "found in s")
-    table = Table(*heads, title="programs, GiB a chip; seconds are predictions", title_justify="left")
-    for program in plan.programs:
-        sizes = (program.argument_bytes, program.temporary_bytes, program.resident_bytes)
-        table.add_row(
+    rows = [
+        (
             program.name,
-            *(f"{size / _GIB:.3f}" for size in sizes),
-            f"{program.flops / 1e12:.2f}",
-            f"{program.predicted_s:.3f}" if program.predicted_s else "",
-            f"{program.floor_s:.3f}",
-            f"{program.compile_s:.0f}",
+            *map(_gib, (program.argument_bytes, program.temporary_bytes, program.resident_bytes)),
+            f"{program.flops / 1e12:.3g}",
+            f"{program.floor_s:.3g}",
+            f"{program.predicted_s:.3g}" if program.predicted_s else "",
+            f"{program.compile_s:.0f}" if program.compile_s else "",
         )
-    return table
+        for program in plan.programs
+    ]
+    heads = (
+        "program",
+        "arguments",
+        "temporaries",
+        "held besides",
+        "TFLOP",
+        "s at peak",
+        "predicted s",
+        "compiled in s",
+    )
+    return _table("programs, of one chip: GiB, work", heads, rows)
 
 
 def _collectives(programs: Sequence[ProgramPlan]) -> Table:
-    heads = ("program", "axis", "GiB sent a chip", "least", "ratio")
-    table = Table(*heads, title="collectives", title_justify="left")
+    rows = []
     for program in programs:
         for axis, size in program.collective_bytes.items():
-            least = program.least_bytes.get(axis)
-            known = ("", "") if not least else (f"{least / _GIB:.3f}", f"{size / least:.2f}")
-            table.add_row(program.name, axis, f"{size / _GIB:.3f}", *known)
+            least = program.least_bytes.get(axis, 0)
+            rows.append((program.name, axis, _gib(size), _gib(least), f"{size / least:.2f}" if least else ""))
+    return _table("collectives", ("program", "axis", "GiB sent a chip", "least", "ratio"), rows)
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:.3f}" if size else ""
+
+
+def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Rows under their heads, without columns that hold nothing."""
+    kept = [index for index in range(len(heads)) if any(row[index] for row in rows)]
+    table = Table(*(heads[index] for index in kept), title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(row[index] for index in kept))
     return table

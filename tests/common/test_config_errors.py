@@ -158,6 +158,12 @@ def test_losses_refuse_what_they_would_ignore(line: str, start: str, end: str, t
         ("backend: {torch: {compil: true}}", "backend.torch.compil", "Did you mean 'compile'?"),
         ("backend: {jax: {x: 1}}", "backend.jax.x", "Known keys here: mesh."),
         ("run: {x: 1}", "run.x", "Known keys here: deadline_s, dir, seed, steps."),
+        ("batch: {group_size: 3}", "batch.group_size", "Did you mean 'rollout.group_size'?"),
+        ("group_sise: 3", "group_sise", "Did you mean 'rollout.group_size'?"),
+        ("run: {prompts: 3}", "run.prompts", "Did you mean 'rollout.prompts_per_step'?"),
+        ("run: {keep: 3}", "run.keep", "Did you mean 'checkpoint.keep'?"),
+        ("run: {every: 3}", "run.every", "Did you mean 'checkpoint.every' or 'ema.every' or 'evaluation.every'?"),
+        ("backend: {torch: {comp: true}}", "backend.torch.comp", "Did you mean 'compile'?"),
     ],
 )
 def test_unknown_key(line: str, key: str, hint: str, tmp_path: Path) -> None:

@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 from tests.numpy_run import train
-from tests.runs import DEADLINE, finish, lowercase_run, read_lines, running, saved_steps, start, untimed, wait_until
+from tests.runs import (
+    DEADLINE,
+    finish,
+    lowercase_run,
+    read_lines,
+    running,
+    saved_steps,
+    start,
+    to_go_on,
+    untimed,
+    wait_until,
+)
 
 ENGINE = "tests.numpy_trainer"
 
@@ -32,8 +43,8 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path: Path, 
     assert saved_steps(folder) == [done]
     assert "Traceback" not in stopped.stderr
     assert "stopping after this step (Ctrl-C: at once, losing it)" in stopped.stderr
-    command = f"safework train {run_file} run.steps=100000"
-    assert stopped.stderr.endswith(f"stopped and saved after step {done} of 100000. To go on: {command}\n")
+    assert f"stopped and saved after step {done} of 100000. To go on: " in stopped.stderr
+    assert to_go_on(stopped) == ["train", str(run_file), "run.steps=100000"]
 
     going_on = train(run_file, f"run.steps={done + 2}", "checkpoint.every=1")
     straight = train(lowercase_run(tmp_path / "straight"), f"run.steps={done + 2}")

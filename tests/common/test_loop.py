@@ -67,6 +67,7 @@ def test_a_step_records_every_key_with_a_finite_number(tmp_path: Path) -> None:
     assert [record["step"] for record in run.metrics] == [0, 1, 2, 3]
     for record in run.metrics:
         assert record.keys() >= STEP_KEYS
+        assert record.pop("engine") == "torch"
         assert all(math.isfinite(value) for value in record.values())
     assert all(record["loss/kl"] > 0 for record in run.metrics[1:])
 

@@ -13,12 +13,13 @@ def test_targets_of_both_engines_are_read() -> None:
     assert (pod.chip.engine, pod.num_chips, pod.name, pod.chip.memory_gib) == ("jax", 256, "v5p:4x4x8", 95)
     assert (host.chip.engine, host.num_chips, host.name) == ("torch", 8, "h100:8")
     assert read_target("a100-80:64", 1).num_chips == 64
+    assert read_target("h200:2", 1).chip.memory_gib == 140
 
 
 @pytest.mark.parametrize(
     ("text", "slices", "words"),
     [
-        ("v9:2x2", 1, "no machine is called 'v9'. Known: v5e, v5p, a100-80, h100. Write "),
+        ("v9:2x2", 1, "no machine is called 'v9'. Known: v5e, v5p, a100-80, h100, h200. Write "),
         ("v5p:4x4", 1, "behind v5p: belong 3 sizes, as of its torus. Write "),
         ("v5e:4x0", 1, "behind v5e: belong 2 sizes"),
         ("v5e", 1, "behind v5e: belong 2 sizes"),

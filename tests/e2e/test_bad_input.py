@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +17,9 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
 from common.run_dir import RunDir
-from tests.runs import LOWERCASE, lowercase_run, prompt, read_lines, safework, saved_steps
+from tests.runs import DEADLINE, LOWERCASE, lowercase_run, prompt, read_lines, safework, saved_steps
 from tests.tiny import CONTROL, make_model
+from tests.training import ROOT
 
 ENGINES = pytest.mark.parametrize("engine", ["torch", "jax"])
 
@@ -44,6 +47,42 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_file = lowercase_run(tmp_path_factory.mktemp("begun"), backend={"name": "jax"})
     assert safework("train", run_file).returncode == 0
     return run_file
+
+
+# The command in an environment that has all of this one's packages but an engine's: a folder of links to the others.
+WITHOUT = """
+import sys
+sys.path[:] = [sys.argv.pop(1), *(path for path in sys.path if not path.endswith("site-packages"))]
+from common.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        ("torch", ["train", "FILE"]),
+        ("jax", ["train", "FILE"]),
+        ("jax", ["plan", "FILE", "--target", "v5e:2x2"]),
+        ("jax", ["parity", "FILE"]),
+    ],
+)
+def test_an_engine_that_is_not_installed_is_said_before_anything_is_done(
+    engine: str, words: list[str], tmp_path: Path
+) -> None:
+    run_file = lowercase_run(tmp_path / "run", backend={"name": engine})
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if path.name.partition("-")[0].partition(".")[0] not in ({"torch"} if engine == "torch" else {"jax", "jaxlib"}):
+            (packages / path.name).symlink_to(path)
+    typed = [str(run_file) if word == "FILE" else word for word in words]
+    command = [sys.executable, "-c", WITHOUT, str(packages), *typed]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=DEADLINE)
+    origin = "parity needs both" if words[0] == "parity" else f"{run_file}:1"
+    assert said(result).startswith(f"error: backend.name = '{engine}' ({origin}): {engine} cannot be imported by ")
+    assert result.stderr.endswith(f" -m pip install -e '.[{engine}]'\n")
+    assert not (run_file.parent / "run").exists()
 
 
 # name: (words that go wrong, what the error must hold; FILE stands for the run file)

@@ -4,13 +4,12 @@ that it names goes on from there.
 
 from __future__ import annotations
 
-import shlex
 import signal
 from pathlib import Path
 
 import pytest
 
-from tests.runs import finish, lowercase_run, read_lines, running, safework, saved_steps, wait_until
+from tests.runs import finish, lowercase_run, read_lines, running, safework, saved_steps, to_go_on, wait_until
 
 
 @pytest.mark.parametrize("engine", ["torch", "jax"])
@@ -34,7 +33,6 @@ def test_fifty_steps_stay_flat_and_an_interrupt_saves_them(tmp_path: Path, engin
     peaks = [record["memory/peak_gib"] * 1024 for record in records]
     assert peaks[49] - peaks[9] < 4
 
-    [command] = [line.partition("To go on: safework ")[2] for line in stopped.stderr.splitlines() if "To go on" in line]
-    going_on = safework(*shlex.split(command), f"run.steps={len(records) + 2}")
+    going_on = safework(*to_go_on(stopped), f"run.steps={len(records) + 2}")
     assert going_on.returncode == 0, going_on.stderr
     assert [record["step"] for record in read_lines(metrics)] == list(range(len(records) + 2))

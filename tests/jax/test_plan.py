@@ -36,6 +36,7 @@ def planned(
     offload: bool = False,
     reference: str = "",
     target: Target = TARGET,
+    samples: int = 64,
     **shapes: int,
 ) -> Plan:
     """A plan of a model whose folder holds a config.json and nothing else."""
@@ -46,7 +47,8 @@ def planned(
     backend |= {"offload_optimizer": offload, "offload_reference": reference == "offloaded"}
     loss = {"kl_type": "k3_loss", "kl_coef": 0.1} if reference else {}
     batch = {"row_tokens": 256, "rows_per_microbatch": rows}
-    run_file = write_run(folder, model, backend=backend, batch=batch, loss=loss, model={"frozen": list(frozen)})
+    rollout, trained = {"rows": samples}, {"frozen": list(frozen)}
+    run_file = write_run(folder, model, backend=backend, batch=batch, loss=loss, model=trained, rollout=rollout)
     return open_plan(load_config([run_file]), target, parts)
 
 
@@ -144,7 +146,11 @@ def test_weights_travel_once_forward_and_once_backward_and_gradients_once(plan: 
     [
         (53248, False, "It fits with backend.offload_optimizer=true: compiled and checked."),
         (110592, True, "It fits with backend.jax.mesh.replica=2 backend.jax.mesh.fsdp=2: compiled and checked."),
-        (163840, True, "None of these makes it fit, compiled one by one: backend.jax.mesh.replica=2 backend."),
+        (
+            163840,
+            True,
+            "It needs more chips, or larger ones. What was compiled and does not fit either: backend.jax.mesh.rep",
+        ),
     ],
 )
 def test_what_does_not_fit_comes_with_the_smallest_change_that_does(
@@ -153,13 +159,19 @@ def test_what_does_not_fit_comes_with_the_smallest_change_that_does(
     sizes: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": intermediate_size, "head_dim": 128}
     found = planned(tmp_path, ("logprobs",), {"replica": 4}, 4, offload=offload, **sizes)
     assert not found.fits and found.notes[0].startswith(said)
-    if said.startswith("None"):  # more than the chip has
+    if said.startswith("It needs"):  # more than the chip has
         assert found.programs[0].temporary_bytes > 16 * 2**30
         assert found.notes[1].startswith("The compiler refuses 'logprobs'")
 
 
+def test_sampling_that_does_not_fit_comes_with_fewer_rows(tmp_path: Path) -> None:
+    found = planned(tmp_path, ("sampling",), {"fsdp": 4}, 4, samples=2**20, hidden_size=256)
+    assert found.too_large == {"sampling"}
+    assert found.notes[0] == "It fits with rollout.rows=65536: compiled and checked."
+
+
 def test_a_mesh_of_another_size_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"= 2 devices: 1 x v5e:2x2 has 4 chips\. Choose axes whose product is 4"):
+    with pytest.raises(ConfigError, match=r"= 1 x 2 x 1 x 1: 1 x v5e:2x2 has 4 chips\. .*mesh\.fsdp=4\."):
         planned(tmp_path, PARTS, {"fsdp": 2}, 2)
 
 

@@ -68,13 +68,13 @@ def planned(
     run_file = write_run(
         folder,
         model,
-        backend={"dtype": "bfloat16", "torch": {"compile": True, **section}, **backend},
         batch=batch,
         ema=ema,
         data={"max_prompt_tokens": 256},
-        rollout={"max_new_tokens": 768},
+        rollout={"max_new_tokens": 768, "rows": backend.pop("samples", 64)},
         model={"frozen": frozen},
         loss=loss,
+        backend={"dtype": "bfloat16", "torch": {"compile": True, **section}, **backend},
     )
     return open_plan(load_config([run_file]), read_target(target, 1), parts)
 
@@ -194,9 +194,22 @@ def test_a_model_too_large_for_any_change_is_said_so(tmp_path: Path) -> None:
     large = ONE_AND_A_HALF_B | {"num_hidden_layers": 200, "intermediate_size": 71680}
     least = {"recompute": "full", "offload_optimizer": True, "on_host": True}
     plan = planned(tmp_path, large, "h100:1", ("update",), rows=1, **least)
-    assert not plan.fits and plan.notes[0].startswith(
-        "None of these makes it fit, counted one by one: there was nothing"
-    )
+    assert not plan.fits
+    assert plan.notes[0] == "No setting that would make it smaller is left: it needs more chips, or larger ones."
+    (tmp_path / "more").mkdir()
+    notes = planned(tmp_path / "more", large, "h100:1", ("update",), rows=2, **least).notes
+    said = "It needs more chips, or larger ones. What was counted and does not fit either: batch.rows_per_microbatch=1."
+    assert notes[0] == said
+
+
+def test_sampling_that_does_not_fit_comes_with_fewer_rows_and_then_the_rest(tmp_path: Path) -> None:
+    plan = planned(tmp_path, HALF_B, "h100:1", ("update", "sampling"), samples=8192)
+    assert plan.too_large == {"sampling"}
+    assert plan.notes[0] == "It fits with rollout.rows=2048: counted and checked."
+    (tmp_path / "both").mkdir()
+    both = planned(tmp_path / "both", HALF_B, "h100:1", ("update", "sampling"), samples=8192, rows=512)
+    assert both.too_large == {"update", "sampling"}
+    assert both.notes[0] == "It fits with rollout.rows=512 batch.rows_per_microbatch=1: counted and checked."
 
 
 def test_the_command_plans_every_part_for_several_gpus(tmp_path: Path) -> None:
@@ -205,6 +218,8 @@ def test_the_command_plans_every_part_for_several_gpus(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for words in ("2 chips of h100:2", "update", "logprobs", "sampling", "fsdp", "fits: "):
         assert words in done.stdout
+    for empty in ("held besides", "predicted s", "compiled in s", "least", "ratio", "average"):
+        assert empty not in done.stdout
 
 
 def test_packed_rows_are_counted_without_prompts(tmp_path: Path) -> None:
@@ -223,7 +238,9 @@ def test_what_is_not_counted_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"backend\.dtype.*GPUs are planned for in bfloat16 alone"):
         planned(tmp_path, QWEN, "h100:1", dtype="float32")
     (tmp_path / "other").mkdir()
-    with pytest.raises(ConfigError, match=r"rows_per_microbatch = 3: does not divide over the 2 GPUs of h100:2"):
+    with pytest.raises(
+        ConfigError, match=r"rows_per_microbatch = 3 \(.*run.yaml:\d+\): does not divide over the 2 GPUs of h100:2"
+    ):
         planned(tmp_path / "other", QWEN, "h100:2", rows=3)
     (tmp_path / "twelve").mkdir()
     with pytest.raises(ConfigError, match=r"--target h100:12: hosts have 8 GPUs"):
