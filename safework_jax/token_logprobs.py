@@ -8,14 +8,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from safework_jax.layout import ONE_DEVICE, Layout
-from safework_jax.models.decoder.text import project
 from safework_jax.sharding import ROWS, placement
 
-NORMALISER = "normaliser"  # by which a chunk's log-sum-exp is known to what chooses what is kept
 VOCABULARY = "tensor"  # the axis that the table of `safework_jax/sharding.py` splits a head's vocabulary over
 
 
@@ -91,104 +88,145 @@ def _local_logprobs(
     wanted: jax.Array,
     chunks: Chunks,
 ) -> tuple[jax.Array, jax.Array]:
-    """The same for the rows of one device.
-
-    Wanted tokens are moved to the front and chunks run along T, so that chunks with nothing wanted are skipped; the
-    backward pass computes the logits of a chunk again.
-    """
-    rows, tokens = hidden.shape[:2]
-    width = max(1, min(tokens, chunks.positions // rows))
-    rank = jnp.cumsum(wanted, axis=1) - 1
-    # Place of each wanted token in turn, without a sort, which the TPU's compiler takes minutes over; then 0.
-    aim = jnp.where(wanted, rank, tokens)
-    order = jax.vmap(lambda aim: jnp.zeros_like(aim).at[aim].set(jnp.arange(tokens), mode="drop"))(aim)
-    ordered = [jnp.take_along_axis(array, order, axis=1) for array in (previous, token_ids)]
-    before, targets = (jnp.pad(array, ((0, 0), (0, -tokens % width))) for array in ordered)
+    """The same for the rows of one device, whose wanted tokens are moved to the front."""
+    rows, tokens = wanted.shape
+    size = min(wanted.size, chunks.positions)
+    room = -(-wanted.size // size) * size
+    flat = jnp.asarray(wanted).reshape(-1)
+    rank = jnp.cumsum(flat) - 1
+    # Place of each wanted token in turn, without a sort, which the TPU's compiler takes minutes over; then no place.
+    order = jnp.full(room, flat.size).at[jnp.where(flat, rank, room)].set(jnp.arange(flat.size), mode="drop")
+    places = previous + tokens * jnp.arange(rows)[:, None]
+    before, targets = (
+        jnp.take(array, order, mode="fill", fill_value=filling).reshape(-1, size)
+        for array, filling in ((places, flat.size), (token_ids, 0))
+    )
     # All devices skip the same chunks: they sum over the vocabulary together.
-    most = jnp.sum(wanted, axis=1).max()
+    most = flat.sum()
     most = most if chunks.axis is None else jax.lax.pmax(most, (*ROWS[0],))
-
-    @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(NORMALISER))
-    def chunk(start: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        before, targets = part
-
-        def chosen() -> tuple[jax.Array, jax.Array]:
-            at = jnp.take_along_axis(hidden, before[..., None], 1)
-            return _chunk_logprobs(at, targets, weight, chunks.temperature, chunks.axis)
-
-        def nothing() -> tuple[jax.Array, jax.Array]:
-            none = jnp.zeros_like(targets, jnp.float32)
-            return none, none
-
-        return start + width, jax.lax.cond(start < most, chosen, nothing)
-
-    parts = tuple(array.reshape(rows, -1, width).swapaxes(0, 1) for array in (before, targets))
-    _, (logprobs, entropy) = jax.lax.scan(chunk, jnp.zeros((), most.dtype), parts)
+    found = _in_chunks(jnp.asarray(hidden).reshape(flat.size, -1), weight, before, targets, most, chunks)
+    assert isinstance(found, tuple)
+    logprobs, entropy = found
 
     def in_place(x: jax.Array) -> jax.Array:
-        whole = x.swapaxes(0, 1).reshape(rows, -1)
-        return jnp.where(wanted, jnp.take_along_axis(whole, jnp.maximum(rank, 0), axis=1), 0.0)
+        return jnp.where(wanted, x.reshape(-1)[jnp.maximum(rank, 0)].reshape(wanted.shape), 0.0)
 
-    return in_place(logprobs), in_place(jax.lax.stop_gradient(entropy))
+    return in_place(logprobs), in_place(entropy)
 
 
-def _chunk_logprobs(
-    hidden: jax.Array, targets: jax.Array, weight: jax.Array, temperature: float, axis: str | None
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _in_chunks(
+    hidden: jax.Array, weight: jax.Array, before: jax.Array, targets: jax.Array, most: jax.Array, chunks: Chunks
 ) -> tuple[jax.Array, jax.Array]:
-    """[B C D], [B C] -> logprobs and entropies [B C]."""
-    logits = project(hidden, weight)
-    first = 0 if axis is None else jax.lax.axis_index(axis) * logits.shape[-1]
-    chosen = _chosen(*jax.lax.stop_gradient((hidden, weight)), targets - first)
-    return _log_softmax_at(logits, chosen, targets - first, temperature, axis)
+    """Logprobs and entropies [K C] of `targets` int [K C], predicted at the places `before` of hidden states [N D] by
+    the head [V D], in K chunks of C, of which those from the `most`-th token on are skipped; a place N is none. The
+    entropies have no gradient; the backward pass computes the logits of a chunk again.
+    """
+    return _in_chunks_forward(hidden, weight, before, targets, most, chunks)[0]
+
+
+def _in_chunks_forward(
+    hidden: jax.Array, weight: jax.Array, before: jax.Array, targets: jax.Array, most: jax.Array, chunks: Chunks
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    narrow = weight.astype(hidden.dtype)  # once for all chunks
+
+    def chunk(start: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        places, own = part
+
+        def some() -> tuple[jax.Array, ...]:
+            return _statistics(*_logits(hidden[places], narrow, own, chunks), chunks)
+
+        def none() -> tuple[jax.Array, ...]:
+            return (jnp.zeros_like(own, jnp.float32),) * 3
+
+        return start + len(own), jax.lax.cond(start < most, some, none)
+
+    _, (logprobs, entropy, normaliser) = jax.lax.scan(chunk, jnp.zeros_like(most), (before, targets))
+    return (logprobs, entropy), (hidden, weight, before, targets, most, normaliser)
+
+
+def _in_chunks_backward(
+    chunks: Chunks, kept: tuple[jax.Array, ...], upstream: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array | None, ...]:
+    hidden, weight, before, targets, most, normaliser = kept
+    narrow = weight.astype(hidden.dtype)
+
+    def chunk(
+        carry: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        (start, total), (places, own, normaliser, upstream) = carry, part
+        at = hidden[places]
+
+        def some(total: jax.Array) -> tuple[jax.Array, jax.Array]:
+            slope = _slope(*_logits(at, narrow, own, chunks), normaliser, upstream, chunks.temperature)
+            # Added up where it is made, in the dtype of the weight. In this order: a CPU would transpose the slope.
+            total += jnp.matmul(at.T, slope, preferred_element_type=total.dtype)
+            return total, slope @ narrow
+
+        def none(total: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return total, jnp.zeros_like(at)
+
+        total, of_hidden = jax.lax.cond(start < most, some, none, total)
+        return (start + len(own), total), of_hidden
+
+    begin = jnp.zeros_like(most), jnp.zeros_like(weight.T)
+    (_, of_weight), of_hidden = jax.lax.scan(chunk, begin, (before, targets, normaliser, upstream[0]))
+    in_place = jnp.zeros_like(hidden).at[before].add(of_hidden, mode="drop")
+    return in_place, of_weight.T, None, None, None
+
+
+_in_chunks.defvjp(_in_chunks_forward, _in_chunks_backward)
+
+
+def _logits(
+    hidden: jax.Array, weight: jax.Array, targets: jax.Array, chunks: Chunks
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Logits [C V / devices along `chunks.axis`] of hidden states [C D], the targets' own in fp32 [C], and the targets
+    as places in this device's part of the vocabulary; those of other parts lie outside of it.
+    """
+    local = targets if chunks.axis is None else targets - jax.lax.axis_index(chunks.axis) * len(weight)
+    return hidden @ weight.T, _chosen(hidden, weight, local), local
 
 
 def _chosen(hidden: jax.Array, weight: jax.Array, targets: jax.Array) -> jax.Array:
-    """The targets' own logits, fp32 [B C]: in bfloat16 a logit of 20 is rounded by up to 1/16, which would be most of a
+    """The targets' own logits, fp32 [C]: in bfloat16 a logit of 20 is rounded by up to 1/16, which would be most of a
     logprob's error.
     """
-    rows = jnp.take(weight, targets, axis=0, mode="clip").astype(hidden.dtype)
+    rows = jnp.take(weight, targets, axis=0, mode="clip")
     return jnp.sum(hidden.astype(jnp.float32) * rows.astype(jnp.float32), axis=-1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _log_softmax_at(
-    logits: jax.Array, chosen: jax.Array, targets: jax.Array, temperature: float, axis: str | None
-) -> tuple[jax.Array, jax.Array]:
-    """Logprobs of the targets and entropies, fp32 [B C], of logits [B C V / devices along `axis`], where those of the
-    targets count as `chosen`: the gradient goes to the logits. A target that is in another device's part lies outside
-    of 0 .. V. The entropies have no gradient.
+def _statistics(logits: jax.Array, chosen: jax.Array, targets: jax.Array, chunks: Chunks) -> tuple[jax.Array, ...]:
+    """Logprobs of the targets, entropies and logs of the normalisers, fp32 [C] each, of logits [C V / devices along
+    `chunks.axis`], where those of the targets count as `chosen`.
     """
-    return _log_softmax_forward(logits, chosen, targets, temperature, axis)[0]
 
-
-def _log_softmax_forward(
-    logits: jax.Array, chosen: jax.Array, targets: jax.Array, temperature: float, axis: str | None
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
     def over_devices(reduce: Callable[[jax.Array, str], jax.Array], part: jax.Array) -> jax.Array:
-        return part if axis is None else reduce(part, axis)
+        return part if chunks.axis is None else reduce(part, chunks.axis)
 
-    scaled = _wide(logits, chosen, targets) / temperature
+    scaled = _wide(logits, chosen, targets) / chunks.temperature
     top = over_devices(jax.lax.pmax, scaled.max(axis=-1))
     below = scaled - top[..., None]
     mass = over_devices(jax.lax.psum, jnp.exp(below).sum(axis=-1))
     mean_below = over_devices(jax.lax.psum, (jnp.exp(below) * below).sum(axis=-1)) / mass
     # Picked by comparing: an index would want all of `below` in memory.
     picked = over_devices(jax.lax.psum, jnp.where(_is_target(logits, targets), below, 0.0).sum(axis=-1))
-    normaliser = checkpoint_name(top + jnp.log(mass), NORMALISER)
-    return (picked - jnp.log(mass), jnp.log(mass) - mean_below), (logits, chosen, targets, normaliser)
+    return picked - jnp.log(mass), jnp.log(mass) - mean_below, top + jnp.log(mass)
 
 
-def _log_softmax_backward(
-    temperature: float, axis: str | None, kept: tuple[jax.Array, ...], upstream: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, None, None]:
-    logits, chosen, targets, normaliser = kept
+def _slope(
+    logits: jax.Array,
+    chosen: jax.Array,
+    targets: jax.Array,
+    normaliser: jax.Array,
+    upstream: jax.Array,
+    temperature: float,
+) -> jax.Array:
+    """The gradient at the logits, in their dtype."""
     softmax = jnp.exp(_wide(logits, chosen, targets) / temperature - normaliser[..., None])
     # In fp32, before anything is rounded: where a target is nearly certain, little is left of it.
-    slope = jnp.where(_is_target(logits, targets), 1.0 - softmax, -softmax) * (upstream[0] / temperature)[..., None]
-    return slope.astype(logits.dtype), None, None
-
-
-_log_softmax_at.defvjp(_log_softmax_forward, _log_softmax_backward)
+    slope = jnp.where(_is_target(logits, targets), 1.0 - softmax, -softmax) * (upstream / temperature)[..., None]
+    return slope.astype(logits.dtype)
 
 
 def _wide(logits: jax.Array, chosen: jax.Array, targets: jax.Array) -> jax.Array:

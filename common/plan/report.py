@@ -128,7 +128,7 @@ def _programs(plan: Plan) -> Table:
         (
             program.name,
             *map(_gib, (program.argument_bytes, program.temporary_bytes, program.resident_bytes)),
-            f"{program.flops / 1e12:.3g}",
+            f"{program.flops / 1e12:.4g}",
             f"{program.floor_s:.3g}",
             f"{program.predicted_s:.3g}" if program.predicted_s else "",
             f"{program.compile_s:.0f}" if program.compile_s else "",
