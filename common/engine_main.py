@@ -103,10 +103,10 @@ def _run(engine: Engine, words: Sequence[str]) -> int:
 
 
 def _command(*words: str) -> str:
-    """What a person types for `safework` and these words: with this environment's folder, where PATH has none."""
-    own = Path(sys.executable).with_name("safework")
-    program = str(own) if own.exists() and not which("safework") else "safework"
-    return shlex.join([program, *words])
+    """What a person types for `safework` and these words: with its folder, where PATH has none or another's."""
+    own, found = Path(sys.executable).with_name("safework"), which("safework")
+    is_found = found is not None and Path(found).resolve() == own.resolve()
+    return shlex.join(["safework" if is_found or not own.exists() else str(own), *words])
 
 
 def _parity(engine: Engine, verb: str, words: Sequence[str]) -> int:

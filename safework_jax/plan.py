@@ -59,8 +59,8 @@ def plan(loaded: LoadedConfig, target: Target, parts: tuple[str, ...]) -> Plan:
         sizes = " x ".join(map(str, mesh.shape))
         raise ConfigError(
             f"backend.jax.mesh: replica x fsdp x context x tensor = {sizes}: {target.slices} x {target.name} has "
-            f"{target.num_chips} chips. Choose sizes whose product is that, for example "
-            f"backend.jax.mesh.replica={target.slices} backend.jax.mesh.fsdp={target.num_chips // target.slices}."
+            f"{target.num_chips} chips. Choose sizes whose product is that, for example backend.jax.mesh='{{replica: "
+            f"{target.slices}, fsdp: {target.num_chips // target.slices}, tensor: 1}}'."
         )
     hf = planned_model(loaded)
     job = _Job(loaded.config, mesh, hf, DecoderConfig.from_hf(hf), _chips(target), target, parts)

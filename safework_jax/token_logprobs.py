@@ -134,7 +134,7 @@ def _in_chunks_forward(
         places, own = part
 
         def some() -> tuple[jax.Array, ...]:
-            return _statistics(*_logits(hidden[places], narrow, own, chunks), chunks)
+            return _statistics(*_logits(_at(hidden, places), narrow, own, chunks), chunks)
 
         def none() -> tuple[jax.Array, ...]:
             return (jnp.zeros_like(own, jnp.float32),) * 3
@@ -155,7 +155,7 @@ def _in_chunks_backward(
         carry: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         (start, total), (places, own, normaliser, upstream) = carry, part
-        at = hidden[places]
+        at = _at(hidden, places)
 
         def some(total: jax.Array) -> tuple[jax.Array, jax.Array]:
             slope = _slope(*_logits(at, narrow, own, chunks), normaliser, upstream, chunks.temperature)
@@ -176,6 +176,11 @@ def _in_chunks_backward(
 
 
 _in_chunks.defvjp(_in_chunks_forward, _in_chunks_backward)
+
+
+def _at(hidden: jax.Array, places: jax.Array) -> jax.Array:
+    """Hidden states [N D] at places [C], 0 at the place N: what lies elsewhere may be no number."""
+    return hidden.at[places].get(mode="fill", fill_value=0)
 
 
 def _logits(

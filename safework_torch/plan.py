@@ -109,7 +109,7 @@ def _counted(job: _Job) -> Plan:
             programs.append(ProgramPlan(part, held, temporaries, 0, work, sent, {}, 0.0, floor, 0.0))
     note = (
         "Counted, not compiled: responses as long as they may become, two micro-batches or more, a reference of the "
-        "policy's size, no time but the floor."
+        "policy's size, no time but that of the FLOP at the peak."
     )
     return Plan(job.target, kinds, tuple(programs), (note, *frozen_notes(config)))
 
@@ -260,6 +260,8 @@ def _changes(job: _Job, too_large: set[str]) -> Iterator[tuple[str, _Job]]:
         for rows, config in fewer_samples(job.config):
             job, words = job._replace(config=config), f"rollout.rows={rows}"
             yield words, job
+            if "sampling" not in _counted(job).too_large:
+                break
     if job.config.batch.rows_per_microbatch > fewest:
         smaller = job.config.batch.model_copy(update={"rows_per_microbatch": fewest})
         job = job._replace(config=job.config.model_copy(update={"batch": smaller}))

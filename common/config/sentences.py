@@ -91,8 +91,9 @@ def _unknown_key(key: str, origin: str, known: list[str], everywhere: list[str])
     all dotted ones.
     """
     name = key.rpartition(".")[2]
-    elsewhere = [other for other in everywhere if f"{other.rpartition('.')[2]}_".startswith(f"{name}_")]
-    close = elsewhere or difflib.get_close_matches(name, known, n=1) or _closest(name, everywhere)
+    same = [other for other in everywhere if other.rpartition(".")[2] == name]
+    begun = [other for other in everywhere if other.rpartition(".")[2].startswith(f"{name}_")]
+    close = same or difflib.get_close_matches(name, known, n=1) or begun or _closest(name, everywhere)
     hint = (
         f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Known keys here: {', '.join(known) or 'none'}."
     )
@@ -121,7 +122,8 @@ def _problem(model: type[BaseModel], details: Any, prefix: str, origin: Origin) 
         remedy = f"Set it in a run file or as {key}=value." if "." in key else "Include a file that has this table."
         return f"{key} ({_origin_around(key, origin)}): is not set and has no default. {remedy}"
     if details["type"] == "extra_forbidden":
-        return _unknown_key(key, origin(key), _known_keys(model, parts[:-1]), list(_dotted_keys(model, prefix)))
+        known, is_named = _known_keys(model, parts[:-1])
+        return _unknown_key(key, origin(key), known, [] if is_named else list(_dotted_keys(model, prefix)))
     known = _WORDS.get(details["type"])
     words = known.format(**details.get("ctx", {})) if known else details["msg"]
     return sentence(key, details["input"], origin(key), f"{words}.")
@@ -134,13 +136,15 @@ def _origin_around(key: str, origin: Origin) -> str:
     return _origin_around(table, origin) if found == DEFAULT else found
 
 
-def _known_keys(model: Any, parts: list[str]) -> list[str]:
+def _known_keys(model: Any, parts: list[str]) -> tuple[list[str], bool]:
+    """The keys of the section at `parts`, and whether a config chose its name, or its number in a list."""
+    is_named = False
     for part in parts:
         if isinstance(model, type) and issubclass(model, BaseModel):
             model = _without_null(model.model_fields[part].annotation)
         else:  # list[Section] or dict[str, Section]: the part is an index or a name
-            model = get_args(model)[-1]
-    return sorted(model.model_fields)
+            model, is_named = get_args(model)[-1], True
+    return sorted(model.model_fields), is_named
 
 
 def _dotted_keys(model: type[BaseModel], prefix: str) -> Iterator[str]:

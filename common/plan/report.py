@@ -111,9 +111,8 @@ def _smallest_change(changes: Iterator[tuple[str, Job]], planned: Callable[[Job]
         progress(f"it does not fit; trying {words}")
         if planned(changed).fits:
             return f"It fits with {words}: {how} and checked."
-    if not tried:
-        return "No setting that would make it smaller is left: it needs more chips, or larger ones."
-    return f"It needs more chips, or larger ones. What was {how} and does not fit either: {'; '.join(tried)}."
+    nothing = f"Nothing that was {how} fits: {'; '.join(tried)}." if tried else "No smaller setting is left to try."
+    return f"{nothing} It may need more chips, or larger ones."
 
 
 def _kinds(plan: Plan) -> Table:
@@ -128,8 +127,8 @@ def _programs(plan: Plan) -> Table:
         (
             program.name,
             *map(_gib, (program.argument_bytes, program.temporary_bytes, program.resident_bytes)),
-            f"{program.flops / 1e12:.4g}",
-            f"{program.floor_s:.3g}",
+            f"{program.flops / 1e12:.4g}" if program.flops else "",
+            f"{program.floor_s:.3g}" if program.floor_s else "",
             f"{program.predicted_s:.3g}" if program.predicted_s else "",
             f"{program.compile_s:.0f}" if program.compile_s else "",
         )
@@ -145,7 +144,7 @@ def _programs(plan: Plan) -> Table:
         "predicted s",
         "compiled in s",
     )
-    return _table("programs, of one chip: GiB, work", heads, rows)
+    return _table("programs, GiB and TFLOP a chip", heads, rows)
 
 
 def _collectives(programs: Sequence[ProgramPlan]) -> Table:
@@ -162,8 +161,8 @@ def _gib(size: int) -> str:
 
 
 def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Rows under their heads, without columns that hold nothing."""
-    kept = [index for index in range(len(heads)) if any(row[index] for row in rows)]
+    """Rows under their heads, without columns that hold nothing, but always the first."""
+    kept = [index for index in range(len(heads)) if index == 0 or any(row[index] for row in rows)]
     table = Table(*(heads[index] for index in kept), title=title, title_justify="left")
     for row in rows:
         table.add_row(*(row[index] for index in kept))

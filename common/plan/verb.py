@@ -17,7 +17,7 @@ OpenPlan = Callable[[LoadedConfig, Target, tuple[str, ...]], Plan]
 
 def add_options(parser: argparse.ArgumentParser, slices: Callable[[str], int]) -> None:
     """The verb's options; `slices` reads how many there are."""
-    parser.add_argument("--target", required=True, help="v5p:4x4x8, v5e:16x16, a100-80:64, h100:8, ...")
+    parser.add_argument("--target", required=True, help="v5p:4x4x8, v5e:16x16, a100-80:64, h100:8, h200:8, ...")
     parser.add_argument("--slices", type=slices, default=1, help="TPU pods of that shape, one a replica or more")
     parser.add_argument("--only", choices=PARTS, nargs="+", action="extend", default=[], help="default: all three")
 

@@ -114,6 +114,18 @@ def test_nothing_wanted_is_zero_with_zero_gradient() -> None:
     assert not any(x.any() for x in found)
 
 
+def test_what_no_token_is_predicted_from_may_be_no_number() -> None:
+    hidden, weight, token_ids, previous, wanted = inputs(3, 40)
+    wanted[-1, -5:] = False
+    wanted &= previous != 39
+    arrays, upstream = (token_ids, previous, wanted), np.ones(wanted.shape, np.float32)
+    expected = with_gradients(token_logprobs, upstream, hidden, weight, *arrays, temperature=1.0)
+    hidden[-1, -1] = np.nan
+    found = with_gradients(token_logprobs, upstream, hidden, weight, *arrays, temperature=1.0)
+    for ours, exact in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, exact)
+
+
 def test_entropy_carries_no_gradient() -> None:
     hidden, *rest = inputs(2, 9)
     gradient = jax.jit(jax.grad(lambda x: token_logprobs(x, *rest, 1.0)[1].sum()))(hidden)

@@ -195,10 +195,10 @@ def test_a_model_too_large_for_any_change_is_said_so(tmp_path: Path) -> None:
     least = {"recompute": "full", "offload_optimizer": True, "on_host": True}
     plan = planned(tmp_path, large, "h100:1", ("update",), rows=1, **least)
     assert not plan.fits
-    assert plan.notes[0] == "No setting that would make it smaller is left: it needs more chips, or larger ones."
+    assert plan.notes[0] == "No smaller setting is left to try. It may need more chips, or larger ones."
     (tmp_path / "more").mkdir()
     notes = planned(tmp_path / "more", large, "h100:1", ("update",), rows=2, **least).notes
-    said = "It needs more chips, or larger ones. What was counted and does not fit either: batch.rows_per_microbatch=1."
+    said = "Nothing that was counted fits: batch.rows_per_microbatch=1. It may need more chips, or larger ones."
     assert notes[0] == said
 
 
@@ -209,7 +209,7 @@ def test_sampling_that_does_not_fit_comes_with_fewer_rows_and_then_the_rest(tmp_
     (tmp_path / "both").mkdir()
     both = planned(tmp_path / "both", HALF_B, "h100:1", ("update", "sampling"), samples=8192, rows=512)
     assert both.too_large == {"update", "sampling"}
-    assert both.notes[0] == "It fits with rollout.rows=512 batch.rows_per_microbatch=1: counted and checked."
+    assert both.notes[0] == "It fits with rollout.rows=2048 batch.rows_per_microbatch=1: counted and checked."
 
 
 def test_the_command_plans_every_part_for_several_gpus(tmp_path: Path) -> None:
