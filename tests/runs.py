@@ -21,7 +21,7 @@ LOWERCASE = [["Language", "English", "all lowercase"]]
 IMPOSSIBLE = [["Length", "Words", "at least 500 words"]]
 
 # What may differ between two runs that computed the same.
-TIMED = ("time/", "tokens_per_s", "memory/", "engine")
+TIMED = ("time/", "tokens_per_s", "memory/")
 
 # XLA spends half of its time on programs of tiny models, which run for milliseconds.
 SOON_COMPILED = "--xla_backend_optimization_level=0"
@@ -106,9 +106,11 @@ def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(process.args, process.returncode, out, error)
 
 
-def to_go_on(stopped: subprocess.CompletedProcess[str]) -> list[str]:
-    """The words of `safework` that a stopped command ends with, saying how to go on."""
-    program, *words = shlex.split(stopped.stderr.splitlines()[-1].partition("To go on: ")[2])
+def to_go_on(stopped: subprocess.CompletedProcess[str], said: str = "") -> list[str]:
+    """The words of `safework` that a stopped command ends with, saying how to go on behind what else it `said`."""
+    before, _, command = stopped.stderr.removesuffix("\n").rpartition("To go on: ")
+    assert before.endswith(said)
+    program, *words = shlex.split(command)
     assert shutil.which(program)
     return words
 

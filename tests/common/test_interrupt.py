@@ -43,8 +43,8 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path: Path, 
     assert saved_steps(folder) == [done]
     assert "Traceback" not in stopped.stderr
     assert "stopping after this step (Ctrl-C: at once, losing it)" in stopped.stderr
-    assert f"stopped and saved after step {done} of 100000. To go on: " in stopped.stderr
-    assert to_go_on(stopped) == ["train", str(run_file), "run.steps=100000"]
+    said = f"stopped and saved after step {done} of 100000. "
+    assert to_go_on(stopped, said) == ["train", str(run_file), "run.steps=100000"]
 
     going_on = train(run_file, f"run.steps={done + 2}", "checkpoint.every=1")
     straight = train(lowercase_run(tmp_path / "straight"), f"run.steps={done + 2}")
