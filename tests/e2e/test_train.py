@@ -59,6 +59,8 @@ def test_both_engines_record_the_same_metrics(runs: dict[str, Path]) -> None:
         assert len(torch_records) == len(jax_records) == count
         for left, right in zip(torch_records, jax_records, strict=True):
             assert left.keys() == right.keys()
+            if name == "metrics.jsonl":
+                assert (left.pop("engine"), right.pop("engine")) == ("torch", "jax")
             for key, value in left.items():
                 if not key.startswith(TIMED):
                     assert value == pytest.approx(right[key], rel=2e-5, abs=2e-7), key
