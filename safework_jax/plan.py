@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +18,9 @@ from jax import sharding as placing
 from jax.experimental import topologies
 
 from common.config import ConfigError, LoadedConfig, RunConfig
-from common.plan.model import fewer_samples, forward_flops, frozen_notes, planned_model, savings
-from common.plan.report import Plan, ProgramPlan, progress, with_remedy
+from common.plan.model import forward_flops, frozen_notes, planned_model
+from common.plan.remedy import Settings, less_memory, with_remedy
+from common.plan.report import Plan, ProgramPlan, progress
 from common.plan.target import Target
 from common.trainer import Sampling
 from safework_jax import optimizer, programs, sampling
@@ -53,8 +55,7 @@ def plan(loaded: LoadedConfig, target: Target, parts: tuple[str, ...]) -> Plan:
     Needs the model's config.json alone. Raises ConfigError for a mesh that is not as large as the target, and where the
     compiler is not installed or refuses a program.
     """
-    assert isinstance(loaded.engine, JaxSection)
-    mesh = loaded.engine.mesh
+    mesh = _mesh(loaded)
     if mesh.num_devices != target.num_chips:
         sizes = " x ".join(map(str, mesh.shape))
         raise ConfigError(
@@ -63,8 +64,13 @@ def plan(loaded: LoadedConfig, target: Target, parts: tuple[str, ...]) -> Plan:
             f"{target.slices}, fsdp: {target.num_chips // target.slices}, tensor: 1}}'."
         )
     hf = planned_model(loaded)
-    job = _Job(loaded.config, mesh, hf, DecoderConfig.from_hf(hf), _chips(target), target, parts)
-    return with_remedy(job, _compiled, _changes, "compiled")
+    model, devices = DecoderConfig.from_hf(hf), _chips(target)
+
+    def compiled(changed: LoadedConfig, some: tuple[str, ...]) -> Plan:
+        return _compiled(_Job(changed.config, _mesh(changed), hf, model, devices, target, some))
+
+    changes = partial(_changes, target=target, num_kv_heads=model.num_kv_heads)
+    return with_remedy(loaded, parts, compiled, changes, "compiled")
 
 
 def _chips(target: Target) -> list[Any]:
@@ -205,40 +211,19 @@ def _sampling(
     yield "sampling: a token", forward_flops(job.hf, count, 1), advance.compile
 
 
-def _changes(job: _Job, too_large: set[str]) -> Iterator[tuple[str, _Job]]:
-    """Fewer rows for sampling, where that is too large; then, with those, one other change at a time."""
-    words = ""
-    if "sampling" in too_large:
-        for rows, config in fewer_samples(job.config):
-            job, words = job._replace(config=config), f"rollout.rows={rows} "
-            if too_large == {"sampling"}:
-                yield words.strip(), job
-    for other, changed in _other_changes(job):
-        yield words + other, changed
+def _changes(loaded: LoadedConfig, target: Target, num_kv_heads: int) -> Iterator[Settings]:
+    mesh = _mesh(loaded)
+    yield from less_memory(loaded, mesh.row_shares)
+    if mesh.replica % (2 * target.slices) == 0:
+        yield {"backend.jax.mesh.replica": mesh.replica // 2, "backend.jax.mesh.fsdp": mesh.fsdp * 2}
+    if mesh.fsdp % 2 == 0 and num_kv_heads % (2 * mesh.tensor) == 0:
+        split = {"backend.jax.mesh.fsdp": mesh.fsdp // 2, "backend.jax.mesh.tensor": mesh.tensor * 2}
+        yield split | {"batch.rows_per_microbatch": mesh.row_shares // 2}
 
 
-def _other_changes(job: _Job) -> Iterator[tuple[str, _Job]]:
-    batch, backend, mesh = job.config.batch, job.config.backend, job.mesh
-    fewest = mesh.row_shares
-    if batch.rows_per_microbatch > fewest:
-        smaller = batch.model_copy(update={"rows_per_microbatch": fewest})
-        yield (
-            f"batch.rows_per_microbatch={fewest}",
-            job._replace(config=job.config.model_copy(update={"batch": smaller})),
-        )
-    for key, value, shown in savings(job.config):
-        changed = backend.model_copy(update={key: value})
-        yield f"backend.{key}={shown}", job._replace(config=job.config.model_copy(update={"backend": changed}))
-    if mesh.replica > job.target.slices and mesh.replica % 2 == 0:
-        split = mesh.model_copy(update={"replica": mesh.replica // 2, "fsdp": mesh.fsdp * 2})
-        yield f"backend.jax.mesh.replica={split.replica} backend.jax.mesh.fsdp={split.fsdp}", job._replace(mesh=split)
-    if mesh.fsdp % 2 == 0 and job.model.num_kv_heads % (2 * mesh.tensor) == 0:
-        split = mesh.model_copy(update={"fsdp": mesh.fsdp // 2, "tensor": mesh.tensor * 2})
-        fewer = batch.model_copy(update={"rows_per_microbatch": min(batch.rows_per_microbatch, split.row_shares)})
-        words = f"backend.jax.mesh.fsdp={split.fsdp} backend.jax.mesh.tensor={split.tensor}"
-        if fewer != batch:
-            words += f" batch.rows_per_microbatch={fewer.rows_per_microbatch}"
-        yield words, job._replace(mesh=split, config=job.config.model_copy(update={"batch": fewer}))
+def _mesh(loaded: LoadedConfig) -> MeshSection:
+    assert isinstance(loaded.engine, JaxSection)
+    return loaded.engine.mesh
 
 
 def _params(model: DecoderConfig, mesh: placing.Mesh) -> Params:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,9 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from common.config import ConfigError, LoadedConfig, RunConfig
 from common.config.sentences import sentence
 from common.data.model_config import head_dim, num_kv_heads
-from common.plan.model import fewer_samples, forward_flops, frozen_notes, planned_model, savings
-from common.plan.report import Plan, ProgramPlan, with_remedy
+from common.plan.model import forward_flops, frozen_notes, planned_model
+from common.plan.remedy import Settings, less_memory, with_remedy
+from common.plan.report import Plan, ProgramPlan
 from common.plan.target import Target
 from safework_torch.compiled import Rows, layer_bytes
 from safework_torch.config import TorchSection
@@ -64,7 +66,6 @@ def plan(loaded: LoadedConfig, target: Target, parts: tuple[str, ...]) -> Plan:
 
     Needs the model's config.json alone. Raises ConfigError for what is not counted, and for rows that do not divide.
     """
-    assert isinstance(loaded.engine, TorchSection)
     if loaded.config.backend.dtype != "bfloat16":
         problem, origin = "GPUs are planned for in bfloat16 alone. Set it to bfloat16.", loaded.origin("backend.dtype")
         raise ConfigError(sentence("backend.dtype", loaded.config.backend.dtype, origin, problem))
@@ -76,12 +77,16 @@ def plan(loaded: LoadedConfig, target: Target, parts: tuple[str, ...]) -> Plan:
     if target.num_chips > _GPUS_OF_A_HOST and target.num_chips % _GPUS_OF_A_HOST:
         raise ConfigError(f"--target {target.name}: hosts have {_GPUS_OF_A_HOST} GPUs. Choose a multiple of that.")
     hf = planned_model(loaded)
-    job = _Job(loaded.config, loaded.engine, hf, AutoConfig.for_model(**hf), target, parts)
+    model = AutoConfig.for_model(**hf)
+
+    def counted(changed: LoadedConfig, some: tuple[str, ...]) -> Plan:
+        return _counted(_Job(changed.config, _section(changed), hf, model, target, some))
+
     if target.num_chips > 1:
         os.environ["LOCAL_WORLD_SIZE"] = str(min(_GPUS_OF_A_HOST, target.num_chips))
         dist.init_process_group("fake", rank=0, world_size=target.num_chips, store=FakeStore())
     try:
-        return with_remedy(job, _counted, _changes, "counted")
+        return with_remedy(loaded, parts, counted, partial(_changes, fewest_rows=target.num_chips), "counted")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -253,29 +258,15 @@ def _forward(job: _Job) -> float:
     return forward_flops(job.hf, job.config.batch.rows_per_microbatch, job.rows.length)
 
 
-def _changes(job: _Job, too_large: set[str]) -> Iterator[tuple[str, _Job]]:
-    """One more each time, the cheapest first."""
-    fewest, words = job.target.num_chips, ""
-    if "sampling" in too_large:
-        for rows, config in fewer_samples(job.config):
-            job, words = job._replace(config=config), f"rollout.rows={rows}"
-            yield words, job
-            if "sampling" not in _counted(job).too_large:
-                break
-    if job.config.batch.rows_per_microbatch > fewest:
-        smaller = job.config.batch.model_copy(update={"rows_per_microbatch": fewest})
-        job = job._replace(config=job.config.model_copy(update={"batch": smaller}))
-        words += f" batch.rows_per_microbatch={fewest}"
-        yield words.strip(), job
-    for key, value, shown in savings(job.config):
-        changed = job.config.backend.model_copy(update={key: value})
-        job = job._replace(config=job.config.model_copy(update={"backend": changed}))
-        words += f" backend.{key}={shown}"
-        yield words.strip(), job
-    own = [("sharding", "zero3", "zero3")] if fewest > 1 else []
-    for key, value, shown in (*own, ("offload_parameters", True, "true")):
-        changed = job.section.model_copy(update={key: value})
-        if changed != job.section:
-            job = job._replace(section=changed)
-            words += f" backend.torch.{key}={shown}"
-            yield words.strip(), job
+def _changes(loaded: LoadedConfig, fewest_rows: int) -> Iterator[Settings]:
+    yield from less_memory(loaded, fewest_rows)
+    section = _section(loaded)
+    if fewest_rows > 1 and section.sharding != "zero3":
+        yield {"backend.torch.sharding": "zero3"}
+    if not section.offload_parameters:
+        yield {"backend.torch.offload_parameters": True}
+
+
+def _section(loaded: LoadedConfig) -> TorchSection:
+    assert isinstance(loaded.engine, TorchSection)
+    return loaded.engine

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -31,6 +31,14 @@ class LoadedConfig:
     def origin(self, key: str) -> str:
         """Where a dotted key was set; `default` where nobody did."""
         return self.origins.get(key, DEFAULT)
+
+    def with_settings(self, settings: Mapping[str, Any]) -> LoadedConfig:
+        """The config with other values, of the right types, at some dotted keys; they are not checked again."""
+        config = self.config
+        for key, value in settings.items():
+            config = _replaced(config, key.split("."), value)
+        table = {"torch": config.backend.torch, "jax": config.backend.jax}[config.backend.name]
+        return LoadedConfig(config, self.origins, type(self.engine).model_validate(table))
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -73,6 +81,16 @@ def load_config(paths: Sequence[str | Path], overrides: Iterable[str] = ()) -> L
     if found:
         raise ConfigError("\n".join(sentence(key, _at(resolved, key), origin(key), problem) for key, problem in found))
     return LoadedConfig(config, layers.origins, engine)
+
+
+def _replaced(table: Any, path: Sequence[str], value: Any) -> Any:
+    """A section or a table of one with another value at a path of keys."""
+    if not path:
+        return value
+    name, *rest = path
+    if isinstance(table, dict):
+        return table | {name: _replaced(table[name], rest, value)}
+    return table.model_copy(update={name: _replaced(getattr(table, name), rest, value)})
 
 
 def _at(table: Any, key: str) -> Any:

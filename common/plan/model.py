@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,6 @@ def frozen_notes(config: RunConfig) -> tuple[str, ...]:
     if not config.model.frozen:
         return ()
     return ("Work, floor and bytes sent are those of a run that trains every tensor; with model.frozen it is less.",)
-
-
-def savings(config: RunConfig) -> list[tuple[str, Any, str]]:
-    """Changes of the `backend` table that take memory off a device and are not made yet, the cheapest first: key,
-    value, and how a command line has it.
-    """
-    backend = config.backend
-    changes = [("recompute", "full", "full"), ("offload_optimizer", True, "true")]
-    if config.loss.kl_coef:
-        changes.append(("offload_reference", True, "true"))
-    return [change for change in changes if getattr(backend, change[0]) != change[1]]
-
-
-def fewer_samples(config: RunConfig) -> Iterator[tuple[int, RunConfig]]:
-    """The config with a quarter and a sixteenth of the responses sampled at a time, and how many these are."""
-    for part in (4, 16):
-        if rows := config.rollout.rows // part:
-            yield rows, config.model_copy(update={"rollout": config.rollout.model_copy(update={"rows": rows})})
 
 
 def forward_flops(hf: Mapping[str, Any], rows: int, tokens: int) -> float:

@@ -1,10 +1,10 @@
-"""What a plan found, as tables: memory by kind, programs, collectives by mesh axis; and what would make it fit."""
+"""What a plan found, as tables: memory by kind, programs, collectives by mesh axis."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from rich.console import Group
 from rich.table import Table
@@ -17,7 +17,6 @@ PARTS = ("update", "logprobs", "sampling")
 # Of a chip's memory; the rest is left to the runtime and to fragmentation.
 SHARE = 0.9
 _GIB = 2**30
-Job = TypeVar("Job")
 
 
 class ProgramPlan(NamedTuple):
@@ -90,29 +89,6 @@ def verdict(plan: Plan) -> str:
 def progress(words: str) -> None:
     """Say what is being looked at, beside the tables: on the standard error."""
     print(words, file=sys.stderr, flush=True)
-
-
-def with_remedy(
-    job: Job, planned: Callable[[Job], Plan], changes: Callable[[Job, set[str]], Iterator[tuple[str, Job]]], how: str
-) -> Plan:
-    """The plan of a job and, where that does not fit, the first of its changes that does; `changes` is told which parts
-    are too large. how: the way of looking at it, such as `counted`.
-    """
-    found = planned(job)
-    if found.fits:
-        return found
-    return found._replace(notes=(_smallest_change(changes(job, found.too_large), planned, how), *found.notes))
-
-
-def _smallest_change(changes: Iterator[tuple[str, Job]], planned: Callable[[Job], Plan], how: str) -> str:
-    tried = []
-    for words, changed in changes:
-        tried.append(words)
-        progress(f"it does not fit; trying {words}")
-        if planned(changed).fits:
-            return f"It fits with {words}: {how} and checked."
-    nothing = f"Nothing that was {how} fits: {'; '.join(tried)}." if tried else "No smaller setting is left to try."
-    return f"{nothing} It may need more chips, or larger ones."
 
 
 def _kinds(plan: Plan) -> Table:

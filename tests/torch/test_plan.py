@@ -212,6 +212,19 @@ def test_sampling_that_does_not_fit_comes_with_fewer_rows_and_then_the_rest(tmp_
     assert both.notes[0] == "It fits with rollout.rows=2048 batch.rows_per_microbatch=1: counted and checked."
 
 
+def test_changes_that_fit_only_together_come_without_needless_ones(tmp_path: Path) -> None:
+    # Fewer rows are tried first and with the others, and prove needless.
+    deep = ONE_AND_A_HALF_B | {"num_hidden_layers": 84}
+    plan = planned(tmp_path, deep, "h100:1", ("update",), recompute="none")
+    assert plan.notes[0] == "It fits with backend.recompute=full backend.offload_optimizer=true: counted and checked."
+    (tmp_path / "sampled").mkdir()
+    parts = ("update", "sampling")
+    sampled = planned(tmp_path / "sampled", deep, "h100:1", parts, recompute="none", samples=8192)
+    settings = "rollout.rows=512 backend.recompute=full backend.offload_optimizer=true"
+    note = f"It fits with {settings} backend.torch.offload_parameters=true: counted and checked."
+    assert sampled.notes[0] == note
+
+
 def test_the_command_plans_every_part_for_several_gpus(tmp_path: Path) -> None:
     planned(tmp_path, QWEN, "h100:2")
     done = safework("plan", tmp_path / "run.yaml", "--target", "h100:2")
