@@ -1,18 +1,21 @@
-"""What a compiled TPU program's text says: collectives with their bytes by mesh axis, and the compiler's own estimate
-of cycles, each times the trips of the loops around it.
+"""The TPU's compiler: chips that are not here to compile for, and what a compiled program's text says: collectives with
+their bytes by mesh axis, and its own estimate of cycles, each times the trips of the loops around it.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from jax.experimental import topologies
 
 from common.config import ConfigError
+from common.plan.target import Target
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
 _OPERATIONS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -22,6 +25,33 @@ _CALLED = re.compile(r"(?:calls|body|condition|branch_computations|to_apply)=(?:
 _HOSTS = {"ALL_REDUCE": "all-reduce", "ONE_TO_ONE": "collective-permute"}
 # The compiler writes a reduce-scatter as an all-reduce and a slice, inside a computation of this name.
 _SCATTER = "all-reduce-scatter"
+
+
+def chips(target: Target) -> list[Any]:
+    """A target's chips as JAX devices to compile for. Raises ConfigError where the compiler does not know it."""
+    # The compiler asks a machine's metadata service for a TPU, and lets one process a machine in, unless told not to.
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    # It warns of not knowing its own host, which is none: the chips are those of `topology_name`.
+    os.environ.update(TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4")
+    slices = {} if target.slices == 1 else {"num_slices": target.slices}
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=target.name, **slices).devices)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        said = str(error).splitlines()[0]
+        raise ConfigError(
+            f"--target {target.name}: the TPU's compiler does not know it or is missing ({said}). Install libtpu "
+            "(pip install 'safework[tpu]'), or choose a shape that exists."
+        ) from error
+
+
+def wanted_bytes(name: str, error: Exception) -> int:
+    """The bytes that the compiler says it would need, where it refuses a program for want of memory. Raises ConfigError
+    where it refuses it for something else.
+    """
+    sizes = [float(size) for size in re.findall(r"([\d.]+)G", str(error))]
+    if "RESOURCE_EXHAUSTED" not in str(error) or not sizes:
+        raise ConfigError(f"the TPU's compiler refuses {name!r}: {str(error).splitlines()[0]}") from error
+    return int(max(sizes) * 2**30)
 
 
 class Collective(NamedTuple):

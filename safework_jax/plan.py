@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
-import re
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import sharding as placing
-from jax.experimental import topologies
 
 from common.config import ConfigError, LoadedConfig, RunConfig
 from common.plan.model import forward_flops, frozen_notes, planned_model
@@ -25,7 +21,7 @@ from common.plan.target import Target
 from common.trainer import Sampling
 from safework_jax import optimizer, programs, sampling
 from safework_jax.attention import KeyValues
-from safework_jax.compiled import CompiledText
+from safework_jax.compiled import CompiledText, chips, wanted_bytes
 from safework_jax.config import JaxSection, MeshSection
 from safework_jax.models.decoder.text import DecoderConfig, Params, init_params
 from safework_jax.sharding import AXES, ROWS, mesh_over, parameter_path, parameter_sharding, resting
@@ -64,29 +60,15 @@ def plan(loaded: LoadedConfig, target: Target, parts: tuple[str, ...]) -> Plan:
             f"{target.slices}, fsdp: {target.num_chips // target.slices}, tensor: 1}}'."
         )
     hf = planned_model(loaded)
-    model, devices = DecoderConfig.from_hf(hf), _chips(target)
+    model, devices = DecoderConfig.from_hf(hf), chips(target)
 
     def compiled(changed: LoadedConfig, some: tuple[str, ...]) -> Plan:
         return _compiled(_Job(changed.config, _mesh(changed), hf, model, devices, target, some))
 
-    changes = partial(_changes, target=target, num_kv_heads=model.num_kv_heads)
+    def changes(changed: LoadedConfig) -> Iterator[Settings]:
+        return _changes(changed, target, model.num_kv_heads)
+
     return with_remedy(loaded, parts, compiled, changes, "compiled")
-
-
-def _chips(target: Target) -> list[Any]:
-    # The compiler asks a machine's metadata service for a TPU, and lets one process a machine in, unless told not to.
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    # It warns of not knowing its own host, which is none: the chips are those of `topology_name`.
-    os.environ.update(TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4")
-    slices = {} if target.slices == 1 else {"num_slices": target.slices}
-    try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=target.name, **slices).devices)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        said = str(error).splitlines()[0]
-        raise ConfigError(
-            f"--target {target.name}: the TPU's compiler does not know it or is missing ({said}). Install libtpu "
-            "(pip install 'safework[tpu]'), or choose a shape that exists."
-        ) from error
 
 
 def _compiled(job: _Job) -> Plan:
@@ -116,7 +98,7 @@ def _compiled(job: _Job) -> Plan:
         try:
             compiled = compile_program()
         except jax.errors.JaxRuntimeError as error:
-            found.append(ProgramPlan(name, 0, _wanted(name, error), held, 0.0, {}, {}, 0.0, 0.0, 0.0))
+            found.append(ProgramPlan(name, 0, wanted_bytes(name, error), held, 0.0, {}, {}, 0.0, 0.0, 0.0))
             notes += (f"The compiler refuses {name!r}; what it says it needs stands among temporaries.",)
         else:
             seconds = time.monotonic() - begun
@@ -140,14 +122,6 @@ def _read(job: _Job, name: str, held: int, work: float, compiled: Any, seconds: 
         work / job.target.chip.bf16_flops,
         seconds,
     )
-
-
-def _wanted(name: str, error: Exception) -> int:
-    """The bytes that the compiler says it would need, where it refuses a program for want of memory."""
-    sizes = [float(size) for size in re.findall(r"([\d.]+)G", str(error))]
-    if "RESOURCE_EXHAUSTED" not in str(error) or not sizes:
-        raise ConfigError(f"the TPU's compiler refuses {name!r}: {str(error).splitlines()[0]}") from error
-    return int(max(sizes) * 2**30)
 
 
 def _moments(job: _Job, trained: int) -> int:

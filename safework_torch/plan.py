@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -82,11 +81,14 @@ def plan(loaded: LoadedConfig, target: Target, parts: tuple[str, ...]) -> Plan:
     def counted(changed: LoadedConfig, some: tuple[str, ...]) -> Plan:
         return _counted(_Job(changed.config, _section(changed), hf, model, target, some))
 
+    def changes(changed: LoadedConfig) -> Iterator[Settings]:
+        return _changes(changed, target.num_chips)
+
     if target.num_chips > 1:
         os.environ["LOCAL_WORLD_SIZE"] = str(min(_GPUS_OF_A_HOST, target.num_chips))
         dist.init_process_group("fake", rank=0, world_size=target.num_chips, store=FakeStore())
     try:
-        return with_remedy(loaded, parts, counted, partial(_changes, fewest_rows=target.num_chips), "counted")
+        return with_remedy(loaded, parts, counted, changes, "counted")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

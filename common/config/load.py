@@ -65,12 +65,13 @@ def load_config(paths: Sequence[str | Path], overrides: Iterable[str] = ()) -> L
     def origin(key: str) -> str:
         return layers.origins.get(key, DEFAULT) if key else ", ".join(map(str, paths))
 
-    config = parse_table(RunConfig, layers.table, "", origin)
     # Both engines' tables are checked, whichever is chosen; their config modules are looked up by name, so that no line
     # of `common` imports a backend, and import no engine.
+    sections = {f"backend.{name}": import_module(f"safework_{name}.config").SECTION for name in ENGINES}
+    config = parse_table(RunConfig, layers.table, "", origin, later=sections)
     tables = dict(zip(ENGINES, (config.backend.torch, config.backend.jax), strict=True))
     engines = {
-        name: parse_table(import_module(f"safework_{name}.config").SECTION, table, f"backend.{name}", origin)
+        name: parse_table(sections[f"backend.{name}"], table, f"backend.{name}", origin)
         for name, table in tables.items()
     }
     # Everybody after this sees what an engine's table resolves to, its defaults too.

@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -41,15 +41,22 @@ Model = TypeVar("Model", bound=BaseModel)
 Origin = Callable[[str], str]
 
 
-def parse_table(model: type[Model], table: Mapping[str, Any], prefix: str, origin: Origin) -> Model:
+def parse_table(
+    model: type[Model],
+    table: Mapping[str, Any],
+    prefix: str,
+    origin: Origin,
+    later: Mapping[str, type[BaseModel]] = MappingProxyType({}),
+) -> Model:
     """The table that stands at the dotted key `prefix`, as its section. Raises ConfigError, one sentence a problem.
 
     `origin` says where a dotted key was set, or `default`; for the empty key, which files the config is made of.
+    later: the sections of tables that the model leaves open, by dotted key; an unknown key may belong to one of them.
     """
     try:
         return model.model_validate(table)
     except ValidationError as error:
-        problems = [_problem(model, details, prefix, origin) for details in error.errors()]
+        problems = [_problem(model, details, prefix, origin, later) for details in error.errors()]
     raise ConfigError("\n".join(problems))
 
 
@@ -115,7 +122,9 @@ def blamed(key: str, value: Any, origin: Origin) -> Iterator[None]:
         raise ConfigError(sentence(key, value, origin(key), str(error))) from None
 
 
-def _problem(model: type[BaseModel], details: Any, prefix: str, origin: Origin) -> str:
+def _problem(
+    model: type[BaseModel], details: Any, prefix: str, origin: Origin, later: Mapping[str, type[BaseModel]]
+) -> str:
     parts = [str(part) for part in details["loc"]]
     key = ".".join([prefix, *parts] if prefix else parts)
     if details["type"] == "missing":
@@ -123,7 +132,7 @@ def _problem(model: type[BaseModel], details: Any, prefix: str, origin: Origin) 
         return f"{key} ({_origin_around(key, origin)}): is not set and has no default. {remedy}"
     if details["type"] == "extra_forbidden":
         known, is_named = _known_keys(model, parts[:-1])
-        return _unknown_key(key, origin(key), known, [] if is_named else list(_dotted_keys(model, prefix)))
+        return _unknown_key(key, origin(key), known, [] if is_named else list(_dotted_keys(model, prefix, later)))
     known = _WORDS.get(details["type"])
     words = known.format(**details.get("ctx", {})) if known else details["msg"]
     return sentence(key, details["input"], origin(key), f"{words}.")
@@ -147,12 +156,13 @@ def _known_keys(model: Any, parts: list[str]) -> tuple[list[str], bool]:
     return sorted(model.model_fields), is_named
 
 
-def _dotted_keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
+def _dotted_keys(model: type[BaseModel], prefix: str, later: Mapping[str, type[BaseModel]]) -> Iterator[str]:
     """Keys of a section and of the sections in it; not of those whose names a config chooses."""
     for name, field in model.model_fields.items():
-        key, inner = f"{prefix}.{name}" if prefix else name, _without_null(field.annotation)
+        key = f"{prefix}.{name}" if prefix else name
+        inner = later.get(key, _without_null(field.annotation))
         if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from _dotted_keys(inner, key)
+            yield from _dotted_keys(inner, key, later)
         else:
             yield key
 

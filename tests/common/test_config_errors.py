@@ -162,6 +162,8 @@ def test_losses_refuse_what_they_would_ignore(line: str, start: str, end: str, t
         ("group_sise: 3", "group_sise", "Did you mean 'rollout.group_size'?"),
         ("run: {prompts: 3}", "run.prompts", "Did you mean 'rollout.prompts_per_step'?"),
         ("run: {keep: 3}", "run.keep", "Did you mean 'checkpoint.keep'?"),
+        ("backend: {sharding: zero2}", "backend.sharding", "Did you mean 'backend.torch.sharding'?"),
+        ("fsdp: 4", "fsdp", "Did you mean 'backend.jax.mesh.fsdp'?"),
         ("run: {every: 3}", "run.every", "Did you mean 'checkpoint.every' or 'ema.every' or 'evaluation.every'?"),
         ("rollout: {row: 3}", "rollout.row", "Did you mean 'rows'?"),
         ("evaluation: {sample: 3}", "evaluation.sample", "Did you mean 'samples'?"),

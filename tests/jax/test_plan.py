@@ -13,12 +13,11 @@ import pytest
 from common.config import ConfigError, load_config
 from common.plan.report import PARTS, Plan
 from common.plan.target import Target, read_target
-from safework_jax.compiled import CompiledText
+from safework_jax.compiled import CompiledText, chips
 from safework_jax.config import MeshSection
 from safework_jax.layout import layout_on
 from safework_jax.main import open_plan
 from safework_jax.models.decoder.config import DecoderConfig
-from safework_jax.plan import _chips
 from safework_jax.sharding import mesh_over
 from tests.tiny import SIZES
 from tests.training import write_run
@@ -174,11 +173,11 @@ def test_a_mesh_of_another_size_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_platform_and_the_rows_choose_the_attention() -> None:
-    mesh, model = mesh_over(_chips(TARGET), MeshSection(fsdp=2, tensor=2)), DecoderConfig.from_hf(SHAPES)
+    mesh, model = mesh_over(chips(TARGET), MeshSection(fsdp=2, tensor=2)), DecoderConfig.from_hf(SHAPES)
     assert layout_on(mesh, model, jnp.bfloat16, share_prompts=False).kernel == "splash"
     assert layout_on(mesh, model, jnp.bfloat16, share_prompts=True).kernel == "masked"
     windows = model.__class__(**{**vars(model), "windows": (8, 8)})
     assert layout_on(mesh, windows, jnp.bfloat16, share_prompts=False).kernel == "masked"
-    four = mesh_over(_chips(TARGET), MeshSection(tensor=4))
+    four = mesh_over(chips(TARGET), MeshSection(tensor=4))
     with pytest.raises(ConfigError, match="tensor = 4: does not divide the model's 2 key heads"):
         layout_on(four, model, jnp.bfloat16, share_prompts=False)
