@@ -70,12 +70,20 @@ class Collective(NamedTuple):
         share = (self.members - 1) / self.members
         per_run = {
             "all-gather": share * self.result_bytes,
-            "reduce-scatter": share * self.result_bytes,  # of the whole, as the compiler's text has it
+            "reduce-scatter": (self.members - 1) * self.result_bytes,
             "all-reduce": 2 * share * self.result_bytes,
             "all-to-all": share * self.result_bytes,
             "collective-permute": self.result_bytes,
         }[self.operation]
         return round(self.runs * per_run)
+
+
+class _Instruction(NamedTuple):
+    """An instruction of a computation, as far as it tells how often a loop runs."""
+
+    operation: str
+    operands: list[str]
+    line: str
 
 
 class CompiledText:
@@ -110,8 +118,10 @@ class CompiledText:
             # Between its start and its end a collective is copied into the computations that run meanwhile.
             channel = re.search(r"channel_id=(\d+)", line)
             own = match[1] if inside == caller else f"{channel and channel[1]} {match[2].split('{')[0]}"
-            scatters = inside.startswith(f"%{_SCATTER}")
-            found[caller, operation, own] = self._collective("reduce-scatter" if scatters else operation, line, runs)
+            one = self._collective(operation, line, runs)
+            if inside.startswith(f"%{_SCATTER}"):  # the slice comes after it
+                one = one._replace(operation="reduce-scatter", result_bytes=one.result_bytes // one.members)
+            found[caller, operation, own] = one
         return [one for one in found.values() if one.members > 1]
 
     @cached_property
@@ -140,8 +150,8 @@ class CompiledText:
             yield name, name, line, runs
             called = [part.strip() for group in _CALLED.findall(line) for part in (group[0] or group[1]).split(",")]
             if match[3] == "while":
-                trips = self._trips(next(part for part in called if part in re.findall(r"condition=(%[\w.-]+)", line)))
-                yield from self._executed(re.findall(r"body=(%[\w.-]+)", line)[0], runs * trips)
+                condition, body = (re.findall(rf"{part}=(%[\w.-]+)", line)[0] for part in ("condition", "body"))
+                yield from self._executed(body, runs * self._trips(condition, body))
             elif match[3] in ("conditional", "call"):
                 for part in called:
                     yield from self._executed(part, runs)
@@ -151,12 +161,37 @@ class CompiledText:
                         if _INSTRUCTION.match(inner):
                             yield name, part, inner, runs
 
-    def _trips(self, condition: str) -> int:
-        """How often a loop runs, by the constant that its counter is compared with."""
-        constants = [
-            int(found) for line in self._computations[condition] for found in re.findall(r"constant\((\d+)\)", line)
-        ]
-        return max(constants, default=1)
+    def _trips(self, condition: str, body: str) -> int:
+        """How often a loop runs whose counter begins at 0: to the constant that it is compared with, a constant more
+        each time. One that passes arrays around a ring takes two steps a run.
+        """
+        test, after = self._instructions(condition), self._instructions(body)
+        compared = test["ROOT"]
+        counter, limit = compared.operands[0], self._constants(test, compared)
+        place = re.search(r"index=(\d+)", test[counter].line) if counter in test else None
+        step = self._constants(after, after[after["ROOT"].operands[int(place[1])]]) if place else []
+        if "direction=LT" not in compared.line or len(limit) != 1 or len(step) != 1:
+            raise ConfigError(
+                f"the TPU's compiler wrote a loop whose runs a plan cannot count: {compared.line.strip()}"
+            )
+        return -(-limit[0] // step[0])
+
+    def _instructions(self, computation: str) -> dict[str, _Instruction]:
+        """Those of a computation by name; `ROOT` is its result."""
+        found = {}
+        for line in self._computations[computation]:
+            if match := _INSTRUCTION.match(line):
+                operands = re.findall(r"%[\w.-]+", line[match.end() :].partition(")")[0])
+                found[f"%{match[1]}"] = one = _Instruction(match[3], operands, line)
+                if line.lstrip().startswith("ROOT"):
+                    found["ROOT"] = one
+        return found
+
+    @staticmethod
+    def _constants(among: dict[str, _Instruction], one: _Instruction) -> list[int]:
+        """The constants among an instruction's operands."""
+        lines = [among[name].line for name in one.operands if name in among and among[name].operation == "constant"]
+        return [int(found) for line in lines for found in re.findall(r" constant\((\d+)\)", line)]
 
     def _collective(self, operation: str, line: str, runs: int) -> Collective:
         match = _INSTRUCTION.match(line)

@@ -241,21 +241,23 @@ def _bytes(tree: Any) -> int:
 
 
 def _least_bytes(job: _Job, name: str) -> dict[str, int]:
-    """What a chip must send: fsdp gathers each weight once forward and once backward, and scatters its gradient once in
-    fp32; replica sums the gradients that a chip keeps; tensor sums what attention and MLP give, once each forward and
-    once each backward.
+    """What a chip must send. fsdp gathers each weight of a layer once forward and once backward, the head once for both
+    passes, and scatters their gradients once in fp32; of an embedding beside a head the rows of its tokens do, or all
+    where that is less. replica sums the gradients that a chip keeps. tensor sums what attention and MLP give, once each
+    forward and once each backward.
     """
     model, mesh = job.model, job.mesh
     backward = {"update: a micro-batch": True, "logprobs": False}.get(name)
     if backward is None:
         return {}
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0), jnp.float32))
-    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) // mesh.tensor
+    sizes = {module: sum(leaf.size for leaf in jax.tree.leaves(tree)) // mesh.tensor for module, tree in shapes.items()}
     width = jnp.dtype(job.config.backend.dtype).itemsize
-    rows = job.config.batch.rows_per_microbatch // mesh.row_shares
-    hidden = rows * job.config.batch.row_tokens * model.hidden_dim * width
+    hidden = job.config.batch.rows_per_microbatch // mesh.row_shares * job.config.batch.row_tokens * model.hidden_dim
+    outside = min(sizes["embed"], hidden) + sizes["head"] if "head" in sizes else sizes["embed"]
     gathers, scatters = (2, 1) if backward else (1, 0)
-    fsdp = (mesh.fsdp - 1) / mesh.fsdp * size * (gathers * width + scatters * 4)
-    replica = scatters * 2 * (mesh.replica - 1) / mesh.replica * size / mesh.fsdp * 4
-    tensor = 2 * (mesh.tensor - 1) / mesh.tensor * hidden * 2 * model.num_layers * (1 + backward)
+    once = sizes["layers"] * (gathers * width + scatters * 4) + outside * (width + scatters * 4)
+    fsdp = (mesh.fsdp - 1) / mesh.fsdp * once
+    replica = scatters * 2 * (mesh.replica - 1) / mesh.replica * sum(sizes.values()) / mesh.fsdp * 4
+    tensor = 2 * (mesh.tensor - 1) / mesh.tensor * hidden * width * 2 * model.num_layers * (1 + backward)
     return {axis: round(sent) for axis, sent in (("fsdp", fsdp), ("replica", replica), ("tensor", tensor)) if sent}
