@@ -175,7 +175,10 @@ def _kinds(manifest: Mapping[str, Any]) -> list[Kind]:
 
 
 def _remedy(folder: Path) -> str:
-    return f"Put it back, or remove {folder}: the run then goes on from the checkpoint before it."
+    return (
+        f"Put it back, or remove {folder}: the run then goes on from the checkpoint before it, or begins anew where "
+        "there is none."
+    )
 
 
 class SavedState:

@@ -22,7 +22,7 @@ _WORDS = {
     "finite_number": "must be a finite number. Choose one",
     "bool_type": "must be true or false. Write one of the two, without quotes",
     "string_type": "must be text. Put it in quotes",
-    "list_type": "must be a list. Write [first, second]",
+    "list_type": "must be a list. Write [first, second], in quotes what holds a bracket",
     "dict_type": "must be a table. Write its keys below it, or {{key: value}}",
     "model_type": "must be a table. Write its keys below it, or {{key: value}}",
     "literal_error": "must be {expected}. Choose one of these",

@@ -6,6 +6,7 @@ import io
 import re
 from math import prod
 from pathlib import PurePosixPath
+from posixpath import normpath
 from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
@@ -59,7 +60,7 @@ def read_target(text: str) -> Slice:
     accelerator, axes = _KINDS[kind]
     sizes = [int(size) for size in topology.split("x")]
     chips = prod(sizes)
-    if len(sizes) != axes or (chips > _CHIPS_PER_HOST and chips % _CHIPS_PER_HOST) or not chips:
+    if len(sizes) != axes or (chips != 1 and chips % _CHIPS_PER_HOST) or not chips:
         raise ConfigError(
             f"--target {text}: a topology of {kind} has {axes} numbers, and its chips fill hosts of {_CHIPS_PER_HOST}. "
             "Give one that the cluster has node pools of."
@@ -70,15 +71,20 @@ def read_target(text: str) -> Slice:
 
 def job_file(job: Job, asked: Gke) -> str:
     """The JobSet as YAML. Raises ConfigError for a config that cannot run there."""
-    if job.loaded.config.backend.name != "jax":
-        raise job.refuse("backend.name", "does not run on TPUs. Set it to jax.")
+    config = job.loaded.config
+    if config.backend.name != "jax":
+        raise job.refuse("backend.name", config.backend.name, "does not run on TPUs. Set it to jax.")
+    mesh, chips = config.backend.jax["mesh"], asked.slices * asked.target.hosts * asked.target.chips_per_host
+    if prod(mesh.values()) != chips:
+        raise job.refuse("backend.jax.mesh", mesh, f"is not as large as the {chips} chips asked for. Make it so.")
     claim, _, folder = asked.volume.partition(":")
     if not claim or not folder.startswith("/"):
         raise ConfigError(
             f"--volume {asked.volume}: is no claim and folder. Give CLAIM:/FOLDER, as in results:/results."
         )
-    if PurePosixPath(folder) not in PurePosixPath(job.loaded.config.run.dir).parents:
-        raise job.refuse("run.dir", f"is not below {folder} (--volume), and would go with the pod. Set it there.")
+    if PurePosixPath(folder) not in PurePosixPath(normpath(config.run.dir)).parents:
+        problem = f"is not below {folder} (--volume), and would go with the pod. Set it there."
+        raise job.refuse("run.dir", config.run.dir, problem)
     text = io.StringIO()
     YAML().dump(_job_set(job, asked, claim, folder), text)
     return text.getvalue()
@@ -138,8 +144,8 @@ def _pod(job: Job, asked: Gke, claim: str, folder: str) -> dict[str, Any]:
             {
                 "name": "trainer",
                 "image": asked.image,
-                # By itself: a shell between would keep SIGTERM.
-                "command": ["safework", "train", *job.words],
+                # By itself: a shell between would keep SIGTERM. Kubernetes puts variables in for $(NAME), and $ for $$.
+                "command": ["safework", "train", *(word.replace("$", "$$") for word in job.words)],
                 "env": [{"name": "JAX_PLATFORMS", "value": "tpu,cpu"}, {"name": "PYTHONUNBUFFERED", "value": "1"}],
                 "ports": [{"containerPort": _RUNTIME_PORT}],
                 "resources": {"requests": chips, "limits": dict(chips)},

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common.config import ConfigError, LoadedConfig, load_words
 from common.config.sentences import sentence
@@ -26,9 +26,12 @@ class Job(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The last part of `run.dir`, as names of jobs may be: lower-case letters, digits and hyphens, 40 at most."""
-        part = Path(self.loaded.config.run.dir).name.lower()
-        return re.sub(r"[^a-z0-9]+", "-", part).strip("-")[:40].strip("-") or "safework"
+        """The last part of `run.dir`, as names of jobs may be: lower-case letters, digits and hyphens, 40 at most, a
+        letter first.
+        """
+        part = re.sub(r"[^a-z0-9]+", "-", Path(self.loaded.config.run.dir).name.lower()).strip("-")
+        named = f"run-{part}" if part[:1].isdigit() else part
+        return named[:40].strip("-") or "safework"
 
     @property
     def launched(self) -> list[str]:
@@ -44,9 +47,8 @@ class Job(NamedTuple):
             if section.launch is None and section.urls
         ]
 
-    def refuse(self, key: str, problem: str) -> ConfigError:
+    def refuse(self, key: str, value: Any, problem: str) -> ConfigError:
         """A value of the config that this cluster cannot use."""
-        value = self.loaded.config.run.dir if key == "run.dir" else self.loaded.config.backend.name
         return ConfigError(sentence(key, value, self.loaded.origin(key), problem))
 
 

@@ -11,8 +11,8 @@ from common.launch.job import STOPPED, Job, shell
 
 class Slurm(NamedTuple):
     """What the scheduler is asked for. processes: of the trainer on each node. cpus: of each of them; 0: what the
-    cluster gives. grace_s: seconds before its end in which
-    the job may finish its step and save. Empty texts are left to the cluster's defaults.
+    cluster gives. grace_s: seconds before its end in which the job may finish its step and save. Empty texts are left
+    to the cluster's defaults.
     """
 
     nodes: int
@@ -59,7 +59,12 @@ def _header(job: Job, asked: Slurm) -> list[str]:
         "MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
         "export MASTER_ADDR MASTER_PORT",
         "servers= trainer=",
-        'trap \'if [ -n "$trainer" ]; then kill -TERM "$trainer"; else exit 143; fi\' TERM',
+        "stop() {  # STEP SRUN; srun answers SIGTERM by killing its tasks, the scheduler passes it on to them",
+        '    step=$(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format="%i %j" |',
+        "        awk -v name=\"$1\" '$2 == name')",
+        '    if [ -n "$step" ]; then scancel --signal=TERM "${step%% *}"; else kill -TERM "$2"; fi',
+        "}",
+        'trap \'if [ -n "$trainer" ]; then stop trainer "$trainer"; else exit 143; fi\' TERM',
         "",
     ]
 
@@ -68,12 +73,11 @@ def _servers(job: Job, asked: Slurm) -> list[str]:
     """Start the servers on every node that has one, and wait until all are ready."""
     if not job.launched:
         return []
-    serve = shell("serve", *job.words, "--logs", "LOGS").replace("LOGS", '"$logs"')
     return [
         'logs="servers/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"',
         'mkdir -p "$logs"',
-        f"srun --nodes={asked.nodes} --ntasks-per-node=1 --ntasks={asked.nodes} --overlap --cpu-bind=none \\",
-        f'    --output="$logs/serve-%t.log" {serve} &',
+        f"srun --job-name=servers --nodes={asked.nodes} --ntasks-per-node=1 --ntasks={asked.nodes} \\",
+        f'    --overlap --cpu-bind=none --output="$logs/serve-%t.log" {shell("serve", *job.words)} --logs "$logs" &',
         "servers=$!",
         f'until [ "$(grep -ls "^ready: " "$logs"/serve-*.log | wc -l)" -eq {asked.nodes} ]; do',
         '    if ! kill -0 "$servers" 2>/dev/null; then',
@@ -90,8 +94,9 @@ def _servers(job: Job, asked: Slurm) -> list[str]:
 def _trainer(job: Job, asked: Slurm) -> list[str]:
     task = f"{_PLACE.format(processes=asked.processes)}; exec {shell('train', *job.words)}"
     return [
-        f"srun --nodes={asked.nodes} --ntasks-per-node={asked.processes} --ntasks={asked.nodes * asked.processes} \\",
-        f"    --overlap --cpu-bind=none --kill-on-bad-exit=0 bash -c {shlex.quote(task)} &",
+        f"srun --job-name=trainer --nodes={asked.nodes} --ntasks-per-node={asked.processes} \\",
+        f"    --ntasks={asked.nodes * asked.processes} --overlap --cpu-bind=none --kill-on-bad-exit=0 \\",
+        f"    bash -c {shlex.quote(task)} &",
         "trainer=$!",
         'wait "$trainer"',
         "status=$?",
@@ -107,7 +112,7 @@ def _end() -> list[str]:
     stopped = "|".join(map(str, STOPPED))
     return [
         'if [ -n "$servers" ]; then',
-        '    kill -TERM "$servers" 2>/dev/null',
+        '    stop servers "$servers"',
         '    wait "$servers"',
         "fi",
         'case "$status" in',

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -106,7 +107,11 @@ def _on_slurm(job: Job, chosen: dict[str, Any]) -> int:
     if not processes:
         raise ConfigError("--gpus-per-node 0: then --processes-per-node must say how many processes a node has.")
     sizes = (chosen["nodes"], chosen["gpus_per_node"], processes, chosen["cpus_per_process"], chosen["grace"])
-    asked = slurm.Slurm(*sizes, chosen["time"], chosen["partition"], chosen["account"])
+    names = ("time", "partition", "account")
+    for name in names:
+        if len(chosen[name].split()) > 1:
+            raise ConfigError(f"--{name} {chosen[name]!r}: holds a space, where an #SBATCH line ends. Give one word.")
+    asked = slurm.Slurm(*sizes, *(chosen[name].strip() for name in names))
     return _write(job, slurm.job_file(job, asked), _out(job, chosen, ".sbatch"), "sbatch {}")
 
 
@@ -126,7 +131,7 @@ def _write(job: Job, text: str, out: Path, submit: str) -> int:
     write_file(out, text)
     for sentence in job.elsewhere:
         _say(sentence)
-    _say(f"{out}: submit it by: {submit.format(out)}")
+    _say(f"{out}: submit it by: {submit.format(shlex.quote(str(out)))}")
     return 0
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from common.config import LoadedConfig
+from common.config import ConfigError, LoadedConfig
 from common.plan.report import Plan, progress
 
 # Dotted keys and their values, of the types that a config has.
@@ -68,30 +68,32 @@ class _Search:
         """Fewer rows of sampling, if that is too large; with these one change; then one more each time, without those
         that prove needless.
         """
-        samples, is_enough = self._fewer_samples()
-        if is_enough:
+        samples, have_room = self._fewer_samples()
+        if have_room and self._too_large == {"sampling"}:
             return samples
-        alone = list(changes(self._loaded.with_settings(samples)))
+        base = samples if have_room else {}
+        alone = list(changes(self._loaded.with_settings(base)))
         for change in alone:
-            if self._fits(samples | change):
-                return samples | change
-        chain = alone[:1]
-        while change := next(changes(self._loaded.with_settings(_merged([samples, *chain]))), None):
+            if self._fits(base | change):
+                return base | change
+        # Fewer rows that are not enough for sampling may be, with others.
+        chain = [samples] if samples and not have_room else alone[:1]
+        while change := next(changes(self._loaded.with_settings(_merged([base, *chain]))), None):
             chain.append(change)
-            if self._fits(_merged([samples, *chain])):
-                return _merged([samples, *self._needed(samples, chain)])
+            if self._fits(_merged([base, *chain])):
+                return _merged([base, *self._needed(base, chain)])
         return None
 
     def _fewer_samples(self) -> tuple[Settings, bool]:
-        """The most of a quarter and a sixteenth of sampling's rows that it fits with, or else a sixteenth; and whether
-        then everything fits, for nothing else hangs on these rows.
+        """A quarter or a sixteenth of sampling's rows, if that is too large; and whether it then fits. Nothing else
+        hangs on these rows.
         """
         settings: Settings = {}
         if "sampling" in self._too_large:
             for rows in filter(None, (self._loaded.config.rollout.rows // part for part in (4, 16))):
                 settings = {"rollout.rows": rows}
                 if self._fits(settings, ("sampling",)):
-                    return settings, self._too_large == {"sampling"}
+                    return settings, True
         return settings, False
 
     def _fits(self, settings: Settings, parts: Sequence[str] = ()) -> bool:
@@ -99,14 +101,18 @@ class _Search:
         self.tried.append(words(settings))
         progress(f"trying {self.tried[-1]}")
         changed = self._loaded.with_settings(settings)
-        return all(self._planned(changed, (part,)).fits for part in parts or self._parts)
+        try:
+            return all(self._planned(changed, (part,)).fits for part in parts or self._parts)
+        except ConfigError as error:  # the model has no such split, say
+            progress(f"which is refused: {error}")
+            return False
 
-    def _needed(self, samples: Settings, chain: list[Settings]) -> list[Settings]:
+    def _needed(self, base: Settings, chain: list[Settings]) -> list[Settings]:
         """Changes that fit together, less those that the others fit without."""
         for change in chain[:-1]:
             others = [other for other in chain if other is not change]
             stands_alone = not any(change.keys() & other.keys() for other in others)
-            if stands_alone and self._fits(_merged([samples, *others])):
+            if stands_alone and self._fits(_merged([base, *others])):
                 chain = others
         return chain
 

@@ -328,6 +328,7 @@ def test_what_a_resumed_run_may_change(run_file: Path) -> None:
     before = load_config([run_file]).config
     allowed = ["run.dir=other", "run.steps=99", "checkpoint.keep=5", "evaluation.samples=1", "metrics.sample_every=7"]
     allowed += ["rewards.max_missing=3", "rewards.max_attack_gain=0.1", "rewards.attack_report=other.json"]
+    allowed += ["backend.offload_optimizer=true", "backend.offload_reference=true", "backend.recompute=full"]
     assert forbidden_changes(before, load_config([run_file], allowed).config) == []
     words = ["run.seed=1", "data.train=[{path: c.jsonl}]", "rewards.recipe.more={answer: 0.5}"]
     changes = forbidden_changes(before, load_config([run_file], words).config)

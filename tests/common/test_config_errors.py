@@ -73,7 +73,12 @@ VALUES = [
     Case("{batch: {packed: 1}}", "batch.packed", "1", "must be true or false. Write one of the two"),
     Case("{backend: {name: tf}}", "backend.name", "'tf'", "must be 'torch' or 'jax'. Choose one"),
     Case("{loss: {type: [ppo_clip]}}", "loss.type", "['ppo_clip']", "'gspo', 'cispo' or 'cross_entropy'. Choose"),
-    Case("{rollout: {stop: text}}", "rollout.stop", "'text'", "must be a list. Write [first, second]"),
+    Case(
+        "{rollout: {stop: text}}",
+        "rollout.stop",
+        "'text'",
+        "must be a list. Write [first, second], in quotes what holds a bracket.",
+    ),
     Case("{rollout: {stop: [a, 5]}}", "rollout.stop.1", "5", "must be text. Put it in quotes"),
     Case("{rollout: 5}", "rollout", "5", "must be a table. Write its keys below it"),
     Case("{rollout: null}", "rollout", "null", "must be a table. Write its keys below it"),

@@ -202,6 +202,13 @@ def test_what_does_not_fit_comes_with_the_smallest_change_that_does(
         assert found.notes[1].startswith("The compiler refuses 'logprobs'")
 
 
+def test_a_split_that_the_model_refuses_does_not_end_the_search(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 2**20, "head_dim": 128, "vocab_size": 321}
+    found = planned(tmp_path, ("logprobs",), {"fsdp": 4}, 4, offload=True, **sizes)
+    split = "backend.jax.mesh.fsdp=2 backend.jax.mesh.tensor=2 batch.rows_per_microbatch=2"
+    assert found.notes[0].startswith(f"Nothing that was compiled fits: {split}. It may need more chips")
+
+
 def test_sampling_that_does_not_fit_comes_with_fewer_rows(tmp_path: Path) -> None:
     found = planned(tmp_path, ("sampling",), {"fsdp": 4}, 4, samples=2**20, hidden_size=256)
     assert found.too_large == {"sampling"}

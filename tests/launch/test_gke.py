@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from tests.teams import free_port
 from tests.training import ROOT
 
 # What of a JobSet (v1alpha2) stands around its jobs, as its API reference has it; the jobs have a schema of their own.
-_NAME = {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", "maxLength": 40}
+_NAME = {"type": "string", "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$", "maxLength": 40}
 _ACTIONS = ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]
 _REASONS = ["BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes", "MaxFailedIndexesExceeded", "PodFailurePolicy"]
 
@@ -51,6 +52,7 @@ JOB_SET = _table(
     spec=_table("replicatedJobs", failurePolicy=_POLICY, replicatedJobs=_list(_JOBS)),
 )
 OPTIONS = ("--on", "gke", "--target", "v5p:4x4x8", "--image", "registry/image:1", "--volume")
+SINGLE = ("--on", "gke", "--target", "v5e:1x1", "--image", "registry/image:1", "--volume")
 
 
 def job_set(folder: Path, *words: str | Path) -> dict[str, Any]:
@@ -64,14 +66,23 @@ def job_set(folder: Path, *words: str | Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("gke")
-    words = ("run.steps=1", "evaluation.at_ends=false", "backend.jax.mesh={fsdp: 2}")
+    words = ("run.steps=1", "evaluation.at_ends=false", "backend.jax.mesh={fsdp: 2}", "model.system=$$5 of $(HOME)")
     run_file = run_of(folder, "jax")
-    return folder, job_set(folder, run_file, *words, *OPTIONS, f"claim:{folder}", "--slices", "2")
+    return folder, job_set(folder, run_file, *words, *SINGLE, f"claim:{folder}", "--slices", "2")
 
 
-def test_it_is_what_kubernetes_takes(written: tuple[Path, dict[str, Any]]) -> None:
-    _, found = written
+def as_kubernetes_starts(word: str) -> str:
+    """A word of a command without variables: `$$` is a dollar sign, which keeps `$(NAME)` from being one."""
+    assert not re.search(r"(?<!\$)(\$\$)*\$\(", word), word
+    return word.replace("$$", "$")
+
+
+def test_it_is_what_kubernetes_takes(tmp_path: Path) -> None:
+    pod_of_128 = "backend.jax.mesh={replica: 2, fsdp: 32, tensor: 4}"
+    words = (run_of(tmp_path, "jax"), pod_of_128, "batch.rows_per_microbatch=64", f"run.dir={tmp_path}/2026-11-29")
+    found = job_set(tmp_path, *words, *OPTIONS, f"claim:{tmp_path}", "--slices", "2")
     validate(found, JOB_SET)
+    assert found["metadata"]["name"] == "run-2026-11-29"
     [jobs] = found["spec"]["replicatedJobs"]
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "slice"}, "spec": jobs["template"]["spec"]}
     kubernetes_validate.validate(job, "1.31", strict=True)
@@ -105,7 +116,7 @@ def test_its_command_trains_as_two_processes_that_jax_detects(written: tuple[Pat
     }
     processes = [
         subprocess.Popen(
-            container["command"],
+            [as_kubernetes_starts(word) for word in container["command"]],
             cwd=ROOT,
             env=os.environ | variables | {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)},
             stdout=subprocess.PIPE,
@@ -121,6 +132,7 @@ def test_its_command_trains_as_two_processes_that_jax_detects(written: tuple[Pat
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], ended
     assert len(read_lines(folder / "run" / "metrics.jsonl")) == 1
+    assert "system: $$5 of $(HOME) #" in (folder / "run" / "config.yaml").read_text()
     assert "done: " in ended[0][0] and "done: " not in ended[1][0]
 
 
@@ -137,7 +149,7 @@ def test_hosts_follow_from_the_topology(target: str, expected: Slice) -> None:
     assert read_target(target) == expected
 
 
-@pytest.mark.parametrize("target", ["v5p", "v9:4x4", "v5p:4x4", "v5e:3x3", "h100:8", "v5e:0x4"])
+@pytest.mark.parametrize("target", ["v5p", "v9:4x4", "v5p:4x4", "v5e:3x3", "v5e:1x3", "h100:8", "v5e:0x4"])
 def test_what_is_no_slice_is_refused(target: str) -> None:
     with pytest.raises(ConfigError, match=f"--target {target}: "):
         read_target(target)
@@ -146,12 +158,21 @@ def test_what_is_no_slice_is_refused(target: str) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ((*OPTIONS, "claim:/elsewhere"), "is not below /elsewhere (--volume), and would go with the pod."),
-        ((*OPTIONS, "claim"), "--volume claim: is no claim and folder."),
+        ((*SINGLE, "claim:/elsewhere"), "is not below /elsewhere (--volume), and would go with the pod."),
+        (
+            (*SINGLE, "claim:/runs", "run.dir=/runs/../lost"),
+            "is not below /runs (--volume), and would go with the pod.",
+        ),
+        ((*OPTIONS, "claim:/"), "is not as large as the 128 chips asked for. Make it so."),
+        ((*SINGLE, "claim"), "--volume claim: is no claim and folder."),
         ((*OPTIONS, "claim:/", "backend.name=torch"), "does not run on TPUs. Set it to jax."),
         ((*OPTIONS, "claim:/", "--nodes", "3"), "--nodes 3: is for --on slurm. Leave it out."),
         (("--on", "gke"), "--target is not given, and --on gke needs it"),
         (("--on", "slurm", "--nodes", "1", "--gpus-per-node", "0"), "then --processes-per-node must say"),
+        (
+            ("--on", "slurm", "--nodes", "1", "--gpus-per-node", "1", "--account", "a\n#SBATCH --nodes=9"),
+            "--account 'a\\n#SBATCH --nodes=9': holds a space, where an #SBATCH line ends. Give one word.",
+        ),
     ],
 )
 def test_what_cannot_be_launched(

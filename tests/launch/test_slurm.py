@@ -46,6 +46,7 @@ def submitted(folder: Path, file: Path, number: int) -> subprocess.Popen[str]:
         "SLURM_JOB_ID": str(os.getpid() * 10 + number),
         "SLURM_JOB_NODELIST": "127.0.0.1",
         "TEST_SCONTROL": str(folder / "scontrol.log"),
+        "TEST_STEPS": str(folder / "steps"),
     }
     file.write_text(file.read_text().replace(f"cd {ROOT}", f"cd {folder}"))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -225,6 +225,14 @@ def test_changes_that_fit_only_together_come_without_needless_ones(tmp_path: Pat
     assert sampled.notes[0] == note
 
 
+def test_fewer_samples_that_do_not_help_are_not_proposed(tmp_path: Path) -> None:
+    # Weights and moments leave sampling no room, however few its rows.
+    deep = ONE_AND_A_HALF_B | {"num_hidden_layers": 112}
+    plan = planned(tmp_path, deep, "h100:1", ("sampling",), samples=16)
+    assert plan.too_large == {"sampling"}
+    assert plan.notes[0] == "It fits with backend.offload_optimizer=true: counted and checked."
+
+
 def test_the_command_plans_every_part_for_several_gpus(tmp_path: Path) -> None:
     planned(tmp_path, QWEN, "h100:2")
     done = safework("plan", tmp_path / "run.yaml", "--target", "h100:2")
