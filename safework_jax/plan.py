@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -151,38 +152,60 @@ def _lowered(
     if "logprobs" in job.parts:
         yield "logprobs", moments_held, forward, programs.logprobs.lower(params, rows, program).compile
     if "sampling" in job.parts:
-        for name, work, compiled in _sampling(job, program.decoding, params, mesh):
-            yield name, moments_held, work, compiled
+        for name, besides, work, compiled in _sampling(job, program.decoding, params, mesh):
+            yield name, moments_held + besides, work, compiled
 
 
 def _sampling(
     job: _Job, decoding: sampling.Decoding, params: Params, mesh: placing.Mesh
-) -> Iterator[tuple[str, float, Callable[[], Any]]]:
-    """(name, flops, compile) of the embedded sampler's programs: the prompts of `rollout.rows` responses, and one token
-    for each.
+) -> Iterator[tuple[str, int, float, Callable[[], Any]]]:
+    """(name, bytes held besides its arguments, flops, compile) of the embedded sampler's programs: the prompts of
+    `rollout.rows` responses, one layer's cache for each of these, and one token of each. The layers lie there twice, in
+    a stack and apart.
     """
-    rollout, model = job.config.rollout, job.model
+    rollout, model, layer = job.config.rollout, job.model, _one_layer(params["layers"], mesh)
+    whole, stack = _bytes(params), _bytes(params["layers"])
     count = sampling.row_count(rollout.rows)
     num_prompts = 1 << (-(-rollout.rows // rollout.group_size) - 1).bit_length()
     slots = -(-job.config.data.max_prompt_tokens // sampling.PROMPT_STEP) * sampling.PROMPT_STEP
     prompts = _shape((num_prompts, slots), jnp.int32, mesh), _shape((num_prompts,), jnp.int32, mesh)
     reading = sampling.read_prompts.lower(params, *prompts, decoding)
-    yield "sampling: prompts", forward_flops(job.hf, num_prompts, slots), reading.compile
-    numbers = [_shape((count,), dtype, mesh) for dtype in (jnp.int32, jnp.int32, jnp.float32)]
-    shape = (count, model.num_kv_heads, slots + rollout.max_new_tokens, model.head_dim)
-    cache: Any = jax.eval_shape(lambda: jnp.zeros(shape, decoding.dtype))
-    spec = decoding.layout.rows_and_heads(shape) if mesh.size > 1 else placing.PartitionSpec()
-    lying = placing.NamedSharding(mesh, spec)
-    one = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lying), KeyValues(cache, cache)
+    yield "sampling: prompts", stack, forward_flops(job.hf, num_prompts, slots), reading.compile
+    one = _cache(job, decoding, (count, slots + rollout.max_new_tokens), mesh)
+    read = _cache(job, decoding, (num_prompts, slots), mesh)
+    spreading = sampling.spread.lower(
+        jax.tree.map(partial(_stacked, count=model.num_layers), read),
+        _shape((), jnp.int32, mesh),
+        _shape((count,), jnp.int32, mesh),
+        slots + rollout.max_new_tokens,
+        decoding,
     )
-    layers = tuple(_one_layer(params["layers"], mesh) for _ in range(model.num_layers))
+    others = (model.num_layers - 1) * _bytes(one)
+    yield "sampling: rows of a layer", whole + stack + others, 0.0, spreading.compile
+    layers, cache = model.num_layers * (layer,), model.num_layers * (one,)
     rule = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens, (), rollout.rows)
-    chosen, positions, uniforms = numbers
+    chosen, positions, uniforms = (_shape((count,), dtype, mesh) for dtype in (jnp.int32, jnp.int32, jnp.float32))
     advance = sampling.advance.lower(
-        params, layers, chosen, positions, model.num_layers * (one,), uniforms, decoding=decoding, sampling=rule
+        params, layers, chosen, positions, cache, uniforms, decoding=decoding, sampling=rule
     )
-    yield "sampling: a token", forward_flops(job.hf, count, 1), advance.compile
+    yield "sampling: a token", stack, forward_flops(job.hf, count, 1), advance.compile
+
+
+def _cache(job: _Job, decoding: sampling.Decoding, shape: tuple[int, int], mesh: placing.Mesh) -> KeyValues:
+    """Keys and values of so many rows and slots in one layer, as the sampler lays them out."""
+    rows, slots = shape
+    whole = (rows, job.model.num_kv_heads, slots, job.model.head_dim)
+    spec = decoding.layout.rows_and_heads(whole) if mesh.size > 1 else placing.PartitionSpec()
+    one: Any = jax.ShapeDtypeStruct(whole, decoding.dtype, sharding=placing.NamedSharding(mesh, spec))
+    return KeyValues(one, one)
+
+
+def _stacked(leaf: jax.ShapeDtypeStruct, count: int) -> jax.ShapeDtypeStruct:
+    """So many arrays as one, along a new first dimension."""
+    assert isinstance(leaf.sharding, placing.NamedSharding)
+    spec = placing.PartitionSpec(None, *leaf.sharding.spec)
+    sharding = placing.NamedSharding(leaf.sharding.mesh, spec)
+    return jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype, sharding=sharding)
 
 
 def _changes(loaded: LoadedConfig, target: Target, num_kv_heads: int) -> Iterator[Settings]:

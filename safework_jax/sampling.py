@@ -18,7 +18,7 @@ import numpy as np
 from common.trainer import Response, Sampling, SamplingPrompt
 from safework_jax.attention import KeyValues
 from safework_jax.layout import Layout
-from safework_jax.models.decoder.cache import Cache, decode, expand_cache, prefill, unstack_layers
+from safework_jax.models.decoder.cache import Cache, decode, expand_layer, prefill, unstack_layers
 from safework_jax.models.decoder.config import DecoderConfig
 from safework_jax.models.decoder.text import Params, next_logits
 from safework_jax.sharding import host
@@ -78,7 +78,10 @@ class _Chunk:
         last, prompt_cache = read_prompts(params, token_ids, lengths, decoding)
         self._request = _fill(np.arange(len(chunk)), row_count(len(chunk)))
         source = np.array([indices.index(index) for index, _ in chunk])[self._request]
-        self._cache: Cache = spread(prompt_cache, source, token_ids.shape[1] + sampling.max_new_tokens, decoding)
+        slots = token_ids.shape[1] + sampling.max_new_tokens
+        self._cache: Cache = tuple(
+            spread(prompt_cache, layer, source, slots, decoding) for layer in range(decoding.model.num_layers)
+        )
         self._positions = lengths[source]
         self._uniforms = np.stack([prompts[index].uniforms[row] for index, row in chunk])
         self._first = last[source]
@@ -124,7 +127,7 @@ class _Chunk:
         size = row_count(len(left))
         rows = np.concatenate([left, np.full(size - len(left), left[0])])
         self._request, self._positions = self._request[rows], self._positions[rows]
-        self._cache = take(self._cache, rows)
+        self._cache = tuple(take(layer, rows) for layer in self._cache)
         return chosen[rows], np.arange(size) < len(left)
 
     def _responses(self) -> Iterator[Response]:
@@ -167,9 +170,13 @@ def read_prompts(
 
 
 @partial(jax.jit, static_argnames=("num_slots", "decoding"))
-def spread(prompts: KeyValues, prompt_index: jax.Array, num_slots: int, decoding: Decoding) -> Cache:
-    """Give each row the cache of its prompt; see `expand_cache`."""
-    return jax.tree.map(decoding.layout.by_rows_and_heads, expand_cache(prompts, prompt_index, num_slots))
+def spread(
+    prompts: KeyValues, layer: jax.Array | int, prompt_index: jax.Array, num_slots: int, decoding: Decoding
+) -> KeyValues:
+    """Give each row the cache of its prompt in one layer, since devices that share rows gather all prompts for it; see
+    `expand_layer`.
+    """
+    return jax.tree.map(decoding.layout.by_rows_and_heads, expand_layer(prompts, layer, prompt_index, num_slots))
 
 
 @partial(jax.jit, static_argnames=("decoding", "sampling"))
@@ -199,6 +206,6 @@ def advance(
 
 
 @jax.jit
-def take(cache: Cache, rows: jax.Array) -> Cache:
-    """The cache of some rows."""
-    return jax.tree.map(lambda x: x[rows], cache)
+def take(layer: KeyValues, rows: jax.Array) -> KeyValues:
+    """The cache of some rows in one layer."""
+    return jax.tree.map(lambda x: x[rows], layer)

@@ -23,7 +23,7 @@ from safework_jax.checkpoint import snapshot
 from safework_jax.frozen import Frozen
 from safework_jax.model import load_model
 from safework_jax.models.decoder import text
-from safework_jax.models.decoder.cache import decode, expand_cache, prefill, unstack_layers
+from safework_jax.models.decoder.cache import decode, expand_layer, prefill, unstack_layers
 from safework_jax.models.decoder.config import DecoderConfig
 from safework_jax.models.decoder.text import head_weight, hidden_states, init_params
 from safework_jax.optimizer import init_moments
@@ -142,7 +142,9 @@ def test_prefill_and_decode_equal_the_whole_forward_pass(name: str, folders: dic
     prompts, new = tokens(3, 9), tokens(7, num_new)[1:]
     start = jax.jit(prefill, static_argnames=("config", "compute_dtype"))
     last, prompt_cache = start(config, params, prompts, lengths, compute_dtype=jnp.float32)
-    cache, layers = expand_cache(prompt_cache, jnp.asarray(prompt_index), 9 + num_new), unstack_layers(params)
+    rows_of = jnp.asarray(prompt_index)
+    cache = tuple(expand_layer(prompt_cache, layer, rows_of, 9 + num_new) for layer in range(config.num_layers))
+    layers = unstack_layers(params)
     step = jax.jit(decode, static_argnames="config", donate_argnames="cache")
     decoded = []
     for i in range(num_new):
@@ -325,7 +327,7 @@ def test_folders_that_do_not_fit_are_refused(folders: dict[str, Path], tmp_path:
 def test_too_small_a_cache_is_refused() -> None:
     keys = jnp.zeros((3, 1, 2, 9, 16))
     with pytest.raises(ValueError, match="num_slots = 8"):
-        expand_cache(text.KeyValues(keys, keys), jnp.array([0]), 8)
+        expand_layer(text.KeyValues(keys, keys), 0, jnp.array([0]), 8)
 
 
 def test_a_tied_folder_may_hold_a_copy_of_its_head(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def test_every_program_of_a_run_is_compiled_and_fits(plan: Plan) -> None:
         "update: AdamW",
         "logprobs",
         "sampling: prompts",
+        "sampling: rows of a layer",
         "sampling: a token",
     ]
     assert plan.fits and plan.notes == ()

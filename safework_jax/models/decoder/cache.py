@@ -1,7 +1,7 @@
 """Cached decoding for the embedded sampler: each prompt runs once, then every row grows by one token a step.
 
     last, prompts = prefill(config, params, token_ids, lengths, compute_dtype=...)     # P prompts, all at once
-    cache = expand_cache(prompts, prompt_index, num_slots)                             # R rows, G of them to a prompt
+    cache = tuple(expand_layer(prompts, i, prompt_index, num_slots) for i in ...)      # R rows, G of them to a prompt
     layers = unstack_layers(params)                                                    # once for many steps
     hidden, cache = decode(config, params, layers, token_ids, positions, cache)        # one token for each row
 
@@ -53,17 +53,13 @@ def prefill(
     return jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0], prompts
 
 
-def expand_cache(prompts: KeyValues, prompt_index: jax.Array, num_slots: int) -> Cache:
-    """Give each row the cache of its prompt, `prompt_index` [R], with room for `num_slots` tokens in all."""
-    num_layers, _, _, prompt_slots, _ = prompts.keys.shape
+def expand_layer(prompts: KeyValues, layer: jax.Array | int, prompt_index: jax.Array, num_slots: int) -> KeyValues:
+    """Give each row its prompt's cache of one layer, `prompt_index` [R], with room for `num_slots` tokens in all."""
+    prompt_slots = prompts.keys.shape[3]
     free = num_slots - prompt_slots
     if free < 0:
         raise ValueError(f"num_slots = {num_slots}: the cache must hold at least the prompts' {prompt_slots} tokens.")
-
-    def rows(x: jax.Array) -> jax.Array:
-        return jnp.pad(x[prompt_index], ((0, 0), (0, 0), (0, free), (0, 0)))
-
-    return tuple(KeyValues(rows(prompts.keys[i]), rows(prompts.values[i])) for i in range(num_layers))
+    return KeyValues(*(jnp.pad(x[layer][prompt_index], ((0, 0), (0, 0), (0, free), (0, 0))) for x in prompts))
 
 
 def unstack_layers(params: Params) -> tuple[dict[str, Any], ...]:

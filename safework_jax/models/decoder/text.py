@@ -267,7 +267,8 @@ def run_layers(
         own, window = layer
 
         def attend(query: jax.Array, new: KeyValues) -> tuple[jax.Array, KeyValues | None]:
-            return layout.attend(query, new, packing, window), new if keep else None
+            kept = jax.tree.map(layout.by_rows_and_heads, new) if keep else None
+            return layout.attend(query, new, packing, window), kept
 
         block = nnx.merge(structure, layout.opened("layers", own, compute_dtype))
         x, kept = block(x, rotation, attend)
