@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -68,7 +68,7 @@ def on_jax(run: Callable[[], None]) -> list[Span]:
 def show(spans: list[Span], updates: int) -> None:
     """Print a few lines, of one update on average."""
     spans = sorted(spans, key=lambda span: span.begin)
-    kinds: Counter[str] = Counter()
+    kinds: defaultdict[str, float] = defaultdict(float)
     for span in spans:
         kinds[_kind(span.name)] += span.end - span.begin
     gaps = list(_gaps(spans))

@@ -45,7 +45,8 @@ def main() -> None:
     arguments = parser.parse_args()
     for case in arguments.cases:
         if arguments.side:
-            measure(case, *arguments.side, arguments.steps, arguments.folder, arguments.set)
+            engine, dtype = arguments.side
+            measure(case, engine, dtype, arguments.steps, arguments.folder, arguments.set)
             continue
         with tempfile.TemporaryDirectory() as folder:
             for side in SIDES:

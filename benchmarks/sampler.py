@@ -148,11 +148,13 @@ def _torch(model: Any, chat: Chat) -> Sampler:
 def _jax(folder: Path, chat: Chat) -> Sampler:
     import jax.numpy as jnp
 
+    from safework_jax.layout import ONE_DEVICE
     from safework_jax.model import load_model
-    from safework_jax.sampling import sample
+    from safework_jax.sampling import Decoding, sample
 
     config, params = load_model(folder, jnp.float32)
-    return _ours(lambda asked, rule: sample(config, params, asked, rule, jnp.dtype("float32")), chat)
+    decoding = Decoding(config, jnp.dtype("float32"), ONE_DEVICE)
+    return _ours(lambda asked, rule: sample(decoding, params, asked, rule), chat)
 
 
 if __name__ == "__main__":
