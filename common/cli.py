@@ -14,7 +14,7 @@ from common.attack.trial import Options
 from common.config import ConfigError, LoadedConfig, checks, explain, load_config, load_words
 from common.config.load import split_words
 from common.engine_main import INTERRUPTED, USER_ERRORS
-from common.engine_programs import hand_over
+from common.engine_programs import hand_over, is_installed
 from common.experiment import load_data, open_chat, policy_folder, reference_folder
 from common.export import DTYPES, Weights, export_model
 from common.launch import verb as launching
@@ -120,6 +120,8 @@ def _train(arguments: argparse.Namespace) -> NoReturn:
 
 
 def _plan(arguments: argparse.Namespace) -> NoReturn:
+    # Before anybody is told to install an engine that does not plan for it.
+    planning.target_of(load_words(arguments.config), arguments.target, arguments.slices)
     hand_over(arguments.config, "plan", arguments.target, str(arguments.slices), json.dumps(arguments.only))
 
 
@@ -166,8 +168,10 @@ def _counts(loaded: LoadedConfig) -> str:
     reference_folder(loaded, policy, chat)
     data = load_data(loaded, chat, unopened)
     refuse_untried(loaded, data.recipe)
-    labels = ", ".join(data.recipe.terms)
-    return f"{data.train.epoch_size} prompts an epoch, {len(data.heldout)} held out, labels: {labels}; ready to train"
+    labels, engine = ", ".join(data.recipe.terms), loaded.config.backend.name
+    where = "" if is_installed(engine) else f" where {engine} is installed, which it is not here"
+    counts = f"{data.train.epoch_size} prompts an epoch, {len(data.heldout)} held out, labels: {labels}"
+    return f"{counts}; ready to train{where}"
 
 
 def _serve(arguments: argparse.Namespace) -> int:

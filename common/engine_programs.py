@@ -18,13 +18,21 @@ _PACKAGES = {"torch": ("torch",), "jax": ("jax", "optax")}
 
 def require_engine(name: str, origin: str) -> None:
     """Raise ConfigError where what an engine needs is not installed; `origin` says where it was chosen."""
-    missing = [package for package in _PACKAGES[name] if find_spec(package) is None]
-    if missing:
+    if missing := _missing(name):
         problem = (
             f"{' and '.join(missing)} cannot be imported by {sys.executable}. From the folder of SafeWork: "
             f"{sys.executable} -m pip install -e '.[{name}]'"
         )
         raise ConfigError(sentence("backend.name", name, origin, problem))
+
+
+def is_installed(name: str) -> bool:
+    """Whether an engine could run here."""
+    return not _missing(name)
+
+
+def _missing(name: str) -> list[str]:
+    return [package for package in _PACKAGES[name] if find_spec(package) is None]
 
 
 def hand_over(config: Sequence[str], *verb: str) -> NoReturn:

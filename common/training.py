@@ -72,9 +72,11 @@ def _open_run(loaded: LoadedConfig, team: Team) -> RunDir:
 def _export_again(run_dir: RunDir, step: int, policy: Path, weights: Weights) -> None:
     """What is left of a finished run: it may have been killed after its last checkpoint and before the export of it."""
     refuse_missing_average(run_dir.checkpoint(step), weights)
+    done = "Nothing to do."
     if exported(run_dir.path / "export") != (run_dir.checkpoint(step).name, weights):
         _export(run_dir, step, policy, weights)
-    print(f"{run_dir.path}: already trained for {step} steps; raise run.steps to go on. Nothing to do.")
+        done = "Its export was left to do, and is done."
+    print(f"{run_dir.path}: already trained for {step} steps; raise run.steps to go on. {done}")
 
 
 def _end(run_dir: RunDir, step: int, policy: Path, config: RunConfig, command: str) -> None:

@@ -30,7 +30,11 @@ _PLACE = "export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_L
 
 
 def job_file(job: Job, asked: Slurm) -> str:
-    """The text of the file for sbatch."""
+    """The text of the file for sbatch. Raises ConfigError for rows that its processes cannot share."""
+    rows, processes = job.loaded.config.batch.rows_per_microbatch, asked.nodes * asked.processes
+    if job.loaded.config.backend.name == "torch" and rows % processes:
+        problem = f"does not divide over the {processes} processes. Choose a multiple of that."
+        raise job.refuse("batch.rows_per_microbatch", rows, problem)
     return "\n".join([*_header(job, asked), *_servers(job, asked), *_trainer(job, asked), *_end()]) + "\n"
 
 

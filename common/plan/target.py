@@ -62,8 +62,8 @@ def read_target(text: str, slices: int) -> Target:
         raise ConfigError(f"--target {text}: no machine is called {name!r}. Known: {known}. Write {_EXAMPLES}.")
     sizes = tuple(map(int, shape.split("x"))) if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) else ()
     if len(sizes) != max(chip.dimensions, 1):
-        wanted = f"{chip.dimensions} sizes, as of its torus" if chip.dimensions else "the number of chips"
-        raise ConfigError(f"--target {text}: behind {name}: belong {wanted}. Write {_EXAMPLES}.")
+        wanted = f"{chip.dimensions} sizes, as of its torus," if chip.dimensions else "the number of chips"
+        raise ConfigError(f"--target {text}: {name} takes {wanted} after a colon. Write {_EXAMPLES}.")
     if slices < 1 or (slices > 1 and not chip.dimensions):
         raise ConfigError(f"--slices {slices}: a TPU target has 1 or more, another target 1. Correct it.")
     return Target(chip, sizes, slices)

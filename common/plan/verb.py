@@ -22,16 +22,21 @@ def add_options(parser: argparse.ArgumentParser, slices: Callable[[str], int]) -
     parser.add_argument("--only", choices=PARTS, nargs="+", action="extend", default=[], help="default: all three")
 
 
-def plan(open_plan: OpenPlan | None, loaded: LoadedConfig, name: str, slices: int, parts: tuple[str, ...]) -> int:
-    """Print what a config needs of the target of that name; the exit status is 0 where it fits. Raises ConfigError."""
+def target_of(loaded: LoadedConfig, name: str, slices: int) -> Target:
+    """The target of that name. Raises ConfigError where there is none or the config's engine does not plan for it."""
     target, engine = read_target(name, slices), loaded.config.backend.name
     if target.chip.engine != engine:
         raise ConfigError(
             f"--target {target.name}: is planned for by backend.name = {target.chip.engine}, not {engine}. "
             "Set backend.name, or choose another target."
         )
+    return target
+
+
+def plan(open_plan: OpenPlan | None, loaded: LoadedConfig, name: str, slices: int, parts: tuple[str, ...]) -> int:
+    """Print what a config needs of the target of that name; the exit status is 0 where it fits. Raises ConfigError."""
     assert open_plan is not None, "both engines plan"
-    found = open_plan(loaded, target, parts or PARTS)
+    found = open_plan(loaded, target_of(loaded, name, slices), parts or PARTS)
     # As wide as its tables, where there is no terminal to say how wide.
     Console(width=None if sys.stdout.isatty() else 140).print(report(found))
     return 0 if found.fits else 1

@@ -20,10 +20,10 @@ def test_targets_of_both_engines_are_read() -> None:
     ("text", "slices", "words"),
     [
         ("v9:2x2", 1, "no machine is called 'v9'. Known: v5e, v5p, a100-80, h100, h200. Write "),
-        ("v5p:4x4", 1, "behind v5p: belong 3 sizes, as of its torus. Write "),
-        ("v5e:4x0", 1, "behind v5e: belong 2 sizes"),
-        ("v5e", 1, "behind v5e: belong 2 sizes"),
-        ("h100:2x4", 1, "behind h100: belong the number of chips"),
+        ("v5p:4x4", 1, "v5p takes 3 sizes, as of its torus, after a colon. Write "),
+        ("v5e:4x0", 1, "v5e takes 2 sizes"),
+        ("v5e", 1, "v5e takes 2 sizes"),
+        ("h100:2x4", 1, "h100 takes the number of chips after a colon"),
         ("h100:8", 2, "--slices 2: a TPU target has 1 or more, another target 1"),
     ],
 )

@@ -58,6 +58,16 @@ sys.exit(main())
 """
 
 
+def safework_without(engine: str, packages: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """The command where an engine is not installed; `packages` becomes the environment's folder."""
+    packages.mkdir()
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if path.name.partition("-")[0].partition(".")[0] not in ({"torch"} if engine == "torch" else {"jax", "jaxlib"}):
+            (packages / path.name).symlink_to(path)
+    command = [sys.executable, "-c", WITHOUT, str(packages), *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=DEADLINE)
+
+
 @pytest.mark.parametrize(
     ("engine", "words"),
     [
@@ -71,18 +81,22 @@ def test_an_engine_that_is_not_installed_is_said_before_anything_is_done(
     engine: str, words: list[str], tmp_path: Path
 ) -> None:
     run_file = lowercase_run(tmp_path / "run", backend={"name": engine})
-    packages = tmp_path / "packages"
-    packages.mkdir()
-    for path in Path(sysconfig.get_path("purelib")).iterdir():
-        if path.name.partition("-")[0].partition(".")[0] not in ({"torch"} if engine == "torch" else {"jax", "jaxlib"}):
-            (packages / path.name).symlink_to(path)
-    typed = [str(run_file) if word == "FILE" else word for word in words]
-    command = [sys.executable, "-c", WITHOUT, str(packages), *typed]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=DEADLINE)
+    result = safework_without(
+        engine, tmp_path / "packages", *(str(run_file) if word == "FILE" else word for word in words)
+    )
     origin = "parity needs both" if words[0] == "parity" else f"{run_file}:1"
     assert said(result).startswith(f"error: backend.name = '{engine}' ({origin}): {engine} cannot be imported by ")
     assert result.stderr.endswith(f" -m pip install -e '.[{engine}]'\n")
     assert not (run_file.parent / "run").exists()
+
+
+def test_nobody_is_told_to_install_an_engine_that_does_not_help(tmp_path: Path) -> None:
+    run_file = lowercase_run(tmp_path / "run", backend={"name": "jax"})
+    planned = safework_without("jax", tmp_path / "packages", "plan", str(run_file), "--target", "h100:8")
+    assert said(planned).startswith("error: --target h100:8: is planned for by backend.name = torch, not jax.")
+    checked = safework_without("jax", tmp_path / "others", "check", str(run_file))
+    assert checked.returncode == 0
+    assert checked.stdout.endswith("; ready to train where jax is installed, which it is not here\n")
 
 
 # name: (words that go wrong, what the error must hold; FILE stands for the run file)

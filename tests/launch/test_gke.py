@@ -170,6 +170,10 @@ def test_what_is_no_slice_is_refused(target: str) -> None:
         (("--on", "gke"), "--target is not given, and --on gke needs it"),
         (("--on", "slurm", "--nodes", "1", "--gpus-per-node", "0"), "then --processes-per-node must say"),
         (
+            ("--on", "slurm", "--nodes", "3", "--gpus-per-node", "1", "backend.name=torch"),
+            "does not divide over the 3 processes. Choose a multiple of that.",
+        ),
+        (
             ("--on", "slurm", "--nodes", "1", "--gpus-per-node", "1", "--account", "a\n#SBATCH --nodes=9"),
             "--account 'a\\n#SBATCH --nodes=9': holds a space, where an #SBATCH line ends. Give one word.",
         ),
