@@ -126,12 +126,16 @@ def test_a_finished_run_says_so_and_leaves_all_as_it_is(tmp_path: Path, capsys: 
     assert unchanged(folder) == before
 
 
-def test_a_run_killed_before_its_export_is_exported_when_started_again(tmp_path: Path) -> None:
+def test_a_run_killed_before_its_export_is_exported_when_started_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_file = lowercase_run(tmp_path)
     export = train(run_file).folder / "export"
     written = (export / "model.safetensors").read_bytes()
     shutil.rmtree(export)
+    capsys.readouterr()
     assert train(run_file).status == 0
+    assert capsys.readouterr().out.endswith("to go on. Its export was left to do, and is done.\n")
     assert (export / "model.safetensors").read_bytes() == written
 
 
