@@ -20,7 +20,8 @@ from common.config.run import RunConfig
 # the work and how much they take at a time, alter what a later one does by rounding alone.
 MAY_CHANGE = re.compile(
     r"run\.(dir|steps)|(checkpoint|ema|evaluation|metrics)\..*|rewards\.(on_missing|max_missing|deadline_s|cache)|"
-    r"backend\.(name|threads|recompute|offload_(optimizer|reference)|(torch|jax)(\..*)?)|batch\.rows_per_microbatch|rollout\.rows|"
+    r"backend\.(name|threads|recompute|offload_(optimizer|reference)|(torch|jax)(\..*)?)|"
+    r"batch\.rows_per_microbatch|rollout\.rows|"
     r"rewards\.(attack_cases|attack_report|max_attack_gain)|"
     r"servers\.[^.]+\.(urls|api_key_env|concurrency|deadline_s|retries|launch(\.\S+)?)"
 )

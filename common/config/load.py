@@ -37,7 +37,7 @@ class LoadedConfig:
         config = self.config
         for key, value in settings.items():
             config = _replaced(config, key.split("."), value)
-        table = {"torch": config.backend.torch, "jax": config.backend.jax}[config.backend.name]
+        table = _engine_tables(config)[config.backend.name]
         return LoadedConfig(config, self.origins, type(self.engine).model_validate(table))
 
 
@@ -69,10 +69,9 @@ def load_config(paths: Sequence[str | Path], overrides: Iterable[str] = ()) -> L
     # of `common` imports a backend, and import no engine.
     sections = {f"backend.{name}": import_module(f"safework_{name}.config").SECTION for name in ENGINES}
     config = parse_table(RunConfig, layers.table, "", origin, later=sections)
-    tables = dict(zip(ENGINES, (config.backend.torch, config.backend.jax), strict=True))
     engines = {
         name: parse_table(sections[f"backend.{name}"], table, f"backend.{name}", origin)
-        for name, table in tables.items()
+        for name, table in _engine_tables(config).items()
     }
     # Everybody after this sees what an engine's table resolves to, its defaults too.
     dumped = {name: section.model_dump() for name, section in engines.items()}
@@ -82,6 +81,11 @@ def load_config(paths: Sequence[str | Path], overrides: Iterable[str] = ()) -> L
     if found:
         raise ConfigError("\n".join(sentence(key, _at(resolved, key), origin(key), problem) for key, problem in found))
     return LoadedConfig(config, layers.origins, engine)
+
+
+def _engine_tables(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """The table of each engine by its name."""
+    return dict(zip(ENGINES, (config.backend.torch, config.backend.jax), strict=True))
 
 
 def _replaced(table: Any, path: Sequence[str], value: Any) -> Any:
