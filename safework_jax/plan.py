@@ -85,9 +85,10 @@ def _compiled(job: _Job) -> Plan:
         "gradients": trained,
         "rows of a micro-batch": batch,
     }
-    arriving = weights if job.config.loss.kl_coef and job.config.backend.offload_reference else 0
-    if job.config.loss.kl_coef and not arriving:
-        kinds["reference"] = weights
+    reference = weights // 4 * program.dtype.itemsize if job.config.loss.kl_coef else 0
+    arriving = reference if job.config.backend.offload_reference else 0
+    if reference and not arriving:
+        kinds["reference"] = reference
     if job.config.ema.decay is not None:
         kinds["average"] = weights
     besides = kinds.get("reference", 0) + kinds.get("average", 0)

@@ -23,7 +23,6 @@ from safework_jax import optimizer, programs
 from safework_jax.checkpoint import named, restore_state, snapshot, stacked
 from safework_jax.config import JaxSection
 from safework_jax.model import load_model
-from safework_jax.models.decoder.config import DecoderConfig
 from safework_jax.models.decoder.text import Params
 from safework_jax.programs import Arrays, program_for
 from safework_jax.sampling import sample
@@ -36,17 +35,17 @@ class JaxTrainer:
     def __init__(self, config: RunConfig, section: JaxSection, policy: Path, reference: Path | None) -> None:
         self._config = config
         self._mesh = make_mesh(section.mesh)
-        model, self._params = self._load(policy)
+        model, self._params = load_model(policy, jnp.float32, partial(parameter_sharding, mesh=self._mesh))
         self._program = program_for(config, model, self._mesh)
-        resting = config.backend.offload_reference
-        self._reference = None if reference is None else self._load(reference, offload=resting)
+        self._reference = None
+        if reference is not None:
+            resting = partial(parameter_sharding, mesh=self._mesh, offload=config.backend.offload_reference)
+            # Never trained, so that nobody reads more of it than a pass does.
+            self._reference = load_model(reference, self._program.dtype, resting)
         self._moments = optimizer.init_moments(self._trained, offload=config.backend.offload_optimizer)
         self._steps = 0  # as the moments count them on the devices, which need not be asked
         rule = config.ema
         self._average = None if rule.decay is None else optimizer.Average(self._params, rule.decay, rule.every)
-
-    def _load(self, folder: Path, *, offload: bool = False) -> tuple[DecoderConfig, Params]:
-        return load_model(folder, jnp.float32, partial(parameter_sharding, mesh=self._mesh, offload=offload))
 
     @property
     def _trained(self) -> Params:

@@ -73,7 +73,10 @@ def test_reference_stays_what_it_was(tmp_path: Path) -> None:
 
 def test_a_policy_and_the_same_reference_answer_alike(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
-    contract.check_same_reference(make_trainer(model, model, loss=KL_LOSS, backend={"dtype": "bfloat16"}))
+    trainer = make_trainer(model, model, loss=KL_LOSS, backend={"dtype": "bfloat16"})
+    assert trainer._reference is not None
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(trainer._reference[1])} == {"bfloat16"}
+    contract.check_same_reference(trainer)
 
 
 def test_bfloat16_stays_in_the_products(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ MEASURED = [
     (HALF_B, "h100:1", "full", 64, 13.7),
     (HALF_B, "h100:1", "full", 32, 12.1),
     (HALF_B, "h100:1", "full", 16, 10.4),
-    (ONE_AND_A_HALF_B, "h100:1", "none", 16, 64.2),
+    (ONE_AND_A_HALF_B, "h100:1", "none", 16, 62.2),
     (HALF_B, "h100:2", "none", 64, 43.5),
     (ONE_AND_A_HALF_B, "h100:2", "none", 32, 52.7),
 ]
