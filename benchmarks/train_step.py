@@ -11,7 +11,6 @@ causal attention, without what is computed again, of 989 TFLOP/s; peak memory is
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -77,6 +76,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=["torch", "jax"], help="measure here, with this one")
     parser.add_argument("--recompute", nargs="+", default=["none"], choices=["none", "dots", "full"])
     parser.add_argument("--rows", type=int, help="of a micro-batch, in place of the case's own")
+    parser.add_argument("--sequences", type=int, help="of an update, in place of the case's own")
     parser.add_argument("--updates", type=int, default=5)
     parser.add_argument("--set", nargs="*", default=[], help="more of the config, key=value")
     parser.add_argument("--profile", action="store_true", help="what the GPU does in three more updates")
@@ -90,6 +90,7 @@ def main() -> None:
             for engine in arguments.engines:
                 words = [case, "--engine", engine, "--recompute", recompute, "--updates", str(arguments.updates)]
                 words += ["--rows", str(arguments.rows)] if arguments.rows else []
+                words += ["--sequences", str(arguments.sequences)] if arguments.sequences else []
                 words += ["--profile"] if arguments.profile else []
                 subprocess.run([sys.executable, __file__, *words, "--set", *arguments.set], check=False)
 
@@ -100,35 +101,44 @@ def measure(arguments: argparse.Namespace) -> None:
     case = CASES[name]
     if arguments.rows:
         case = case._replace(rows_per_microbatch=arguments.rows)
-    leads = os.environ.get("RANK", "0") == "0"
-    with tempfile.TemporaryDirectory() as folder:
+    if arguments.sequences:
+        case = case._replace(sequences=arguments.sequences)
+    if arguments.engine == "torch":
+        from safework_torch.main import open_trainer
+        from safework_torch.processes import open_team
+    else:
+        from safework_jax.main import open_trainer
+        from safework_jax.processes import open_team
+    with tempfile.TemporaryDirectory() as folder, open_team(600.0) as team:
         model = Path(folder) / "model"
-        write_model(model, SHAPES[case.shape])
+        if team.leads:
+            write_model(model, SHAPES[case.shape])
+        model = team.exchange(model, "the folder of the model")[0]
         loaded = load(case, arguments.engine, recompute, model, arguments.set)
-        if arguments.engine == "torch":
-            from safework_torch.main import open_trainer
-            from safework_torch.processes import open_team
-        else:
-            from safework_jax.main import open_trainer
-            from safework_jax.processes import open_team
-        with open_team(600.0):
-            trainer = open_trainer(loaded, model, None)
-            batch = random_batch(case, loaded.config.batch)
-            started = time.perf_counter()
+        trainer = open_trainer(loaded, model, None)
+        batch = random_batch(case, loaded.config.batch)
+        started = time.perf_counter()
+        trainer.update(batch, 1e-6)
+        first = time.perf_counter() - started
+        trainer.update(batch, 1e-6)
+        started = time.perf_counter()
+        for _ in range(arguments.updates):
             trainer.update(batch, 1e-6)
-            first = time.perf_counter() - started
-            trainer.update(batch, 1e-6)
-            started = time.perf_counter()
-            for _ in range(arguments.updates):
-                trainer.update(batch, 1e-6)
-            seconds = (time.perf_counter() - started) / arguments.updates
-            peak = trainer.peak_memory_gib()
-            spans = profiled(trainer, batch, arguments.engine) if arguments.profile else []
-    if leads:
-        cards = int(os.environ.get("WORLD_SIZE", "1"))
+        seconds = (time.perf_counter() - started) / arguments.updates
+        peak = trainer.peak_memory_gib()
+        spans = profiled(trainer, batch, arguments.engine) if arguments.profile else []
+        cards = len(team.places) if arguments.engine == "torch" else devices_of_jax()
+    if team.leads:
         show(name, case, arguments.engine, recompute, seconds, peak, first, cards)
         if spans:
             device_time.show(spans, PROFILED)
+
+
+def devices_of_jax() -> int:
+    """Of all processes together."""
+    import jax
+
+    return jax.device_count()
 
 
 def show(

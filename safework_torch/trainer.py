@@ -90,9 +90,8 @@ class TorchTrainer:
             total += loss.detach()
             sums = part if sums is None else add_sums(sums, part)
         assert sums is not None, "a batch has rows"
-        # Only here does the host wait for the device.
-        own = torch.stack([value.to(total) for value in (total, self._optimizer.own_norm(), *sums)])[None].cpu()
-        parts = gather_rows(own)  # of all processes
+        own = torch.stack([value.to(total) for value in (total, self._optimizer.own_norm(), *sums)])
+        parts = gather_rows(own[None]).cpu()  # of all processes; only here does the host wait for the device
         sums = reduce(add_sums, (Sums(*part[2:]) for part in parts))
         norm = self._optimizer.norm_of(parts[:, 1].tolist())
         return float(parts[:, 0].sum()), Sums(*map(float, sums)), norm
