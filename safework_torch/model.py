@@ -42,37 +42,38 @@ _KEPT_BY_DOTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.
 class Microbatch:
     """arrays: those of a TrainBatch by name, [B T] on the device. packing: the same on the host, for masks.
 
-    at, before, targets: int64 [N], of each sampled token its place and that of the one before it in its sequence,
-    counted through all rows, and the token itself. is_last: whether an update ends with it.
+    row, place, before, targets: int64 [N], of each sampled token its row and place, the place of the one before it in
+    its sequence, counted through all rows, and the token itself. is_last: whether an update ends with it.
     """
 
     arrays: dict[str, Tensor]
     packing: Packing
-    at: Tensor
+    row: Tensor
+    place: Tensor
     before: Tensor
     targets: Tensor
     is_last: bool
 
     def in_place(self, values: Tensor) -> Tensor:
         """Values [N] of the sampled tokens -> [B T], 0 elsewhere."""
-        shape = self.arrays["sampled"].shape
-        return values.new_zeros(shape.numel()).index_put((self.at,), values).view(shape)
+        zeros = values.new_zeros(self.arrays["sampled"].shape)
+        return zeros.index_put((self.row, self.place), values)  # no view of it, which FSDP2 warns of
 
 
 def microbatch(batch: TrainBatch, rows: slice, device: torch.device, *, is_last: bool) -> Microbatch:
     """The given rows of a batch."""
     own = {name: array[rows] for name, array in vars(batch).items() if array is not None}
     row, place = own["sampled"].nonzero()
-    length = own["sampled"].shape[1]
-    flat = {
-        "at": row * length + place,
-        "before": row * length + own["previous"][row, place],
+    tokens = {
+        "row": row,
+        "place": place,
+        "before": row * own["sampled"].shape[1] + own["previous"][row, place],
         "targets": own["token_ids"][row, place].astype(np.int64),
     }
     return Microbatch(
         arrays={name: sent(array, device) for name, array in own.items()},
         packing=Packing(own["positions"], own["segment_ids"], own["prefix_ids"]),
-        **{name: sent(array, device) for name, array in flat.items()},
+        **{name: sent(array, device) for name, array in tokens.items()},
         is_last=is_last,
     )
 
