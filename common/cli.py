@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, get_args
 
@@ -15,7 +15,7 @@ from common.config import ConfigError, LoadedConfig, checks, explain, load_confi
 from common.config.load import split_words
 from common.engine_main import INTERRUPTED, USER_ERRORS
 from common.engine_programs import hand_over, is_installed
-from common.experiment import load_data, open_chat, policy_folder, reference_folder
+from common.experiment import explain_frozen, load_data, open_chat, policy_folder, reference_folder
 from common.export import DTYPES, Weights, export_model
 from common.launch import verb as launching
 from common.parity import verb as comparing
@@ -157,13 +157,16 @@ def _check(arguments: argparse.Namespace) -> int:
         print(f"# {line}")
     for warning in checks.warnings(loaded.config):
         print(f"# warning: {warning}")
-    print(f"# {_counts(loaded)}")
+    for line in _loaded(loaded):
+        print(f"# {line}")
     return 0
 
 
-def _counts(loaded: LoadedConfig) -> str:
+def _loaded(loaded: LoadedConfig) -> Iterator[str]:
     """Load data, tokenizer and recipe as a run would, and say what is there."""
     policy = policy_folder(loaded)
+    if loaded.config.model.frozen:
+        yield explain_frozen(loaded, policy)
     chat = open_chat(loaded, policy)
     reference_folder(loaded, policy, chat)
     data = load_data(loaded, chat, unopened)
@@ -171,7 +174,7 @@ def _counts(loaded: LoadedConfig) -> str:
     labels, engine = ", ".join(data.recipe.terms), loaded.config.backend.name
     where = "" if is_installed(engine) else f" where {engine} is installed, which it is not here"
     counts = f"{data.train.epoch_size} prompts an epoch, {len(data.heldout)} held out, labels: {labels}"
-    return f"{counts}; ready to train{where}"
+    yield f"{counts}; ready to train{where}"
 
 
 def _serve(arguments: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from common.config.run import DataSource
 from common.config.sentences import blamed, sentence
 from common.data.chat import Chat
 from common.data.dataset import LoadedSource, Mixture, load_source
-from common.data.frozen import refuse_unfit
+from common.data.frozen import refuse_unfit, share_of_frozen
 from common.data.model_config import is_classifier, read_model_config
 from common.data.model_folder import model_folder
 from common.rewards.recipe import Recipe
@@ -113,6 +113,11 @@ def policy_config(loaded: LoadedConfig, folder: Path) -> dict[str, Any]:
     with blamed("model.frozen", loaded.config.model.frozen, loaded.origin):
         refuse_unfit(hf, loaded.config.model.frozen)
     return hf
+
+
+def explain_frozen(loaded: LoadedConfig, policy: Path) -> str:
+    """How much of the policy is not trained. Raises ConfigError as `policy_config` does."""
+    return share_of_frozen(policy_config(loaded, policy), loaded.config.model.frozen)
 
 
 def open_chat(loaded: LoadedConfig, policy: Path) -> Chat:

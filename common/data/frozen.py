@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from math import prod
 from typing import Any
 
 from common.config.section import ConfigError
@@ -13,6 +14,14 @@ from common.data.model_weights import tensor_shapes
 def frozen_names(names: Iterable[str], patterns: Sequence[str]) -> frozenset[str]:
     """The names, of a model's tensors, that a pattern matches whole."""
     return frozenset(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
+
+
+def share_of_frozen(hf: Mapping[str, Any], patterns: Sequence[str]) -> str:
+    """How much of the model of an accepted `config.json` the patterns hold, in words."""
+    sizes = {name: prod(shape) for name, shape in tensor_shapes(hf).items()}
+    frozen = frozen_names(sizes, patterns)
+    part = sum(sizes[name] for name in frozen) / sum(sizes.values())
+    return f"frozen: {len(frozen)} of {len(sizes)} tensors, {part:.1%} of the weights"
 
 
 def refuse_unfit(hf: Mapping[str, Any], patterns: Sequence[str]) -> None:

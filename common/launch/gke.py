@@ -74,9 +74,7 @@ def job_file(job: Job, asked: Gke) -> str:
     config = job.loaded.config
     if config.backend.name != "jax":
         raise job.refuse("backend.name", config.backend.name, "does not run on TPUs. Set it to jax.")
-    mesh, chips = config.backend.jax["mesh"], asked.slices * asked.target.hosts * asked.target.chips_per_host
-    if prod(mesh.values()) != chips:
-        raise job.refuse("backend.jax.mesh", mesh, f"is not as large as the {chips} chips asked for. Make it so.")
+    job.refuse_other_mesh(asked.slices * asked.target.hosts * asked.target.chips_per_host, "chips")
     claim, _, folder = asked.volume.partition(":")
     if not claim or not folder.startswith("/"):
         raise ConfigError(

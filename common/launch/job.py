@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,13 @@ class Job(NamedTuple):
     def refuse(self, key: str, value: Any, problem: str) -> ConfigError:
         """A value of the config that this cluster cannot use."""
         return ConfigError(sentence(key, value, self.loaded.origin(key), problem))
+
+    def refuse_other_mesh(self, count: int, devices: str) -> None:
+        """Raise ConfigError unless the mesh of JAX is as large as the devices that a cluster gives."""
+        mesh = self.loaded.config.backend.jax["mesh"]
+        if prod(mesh.values()) != count:
+            problem = f"is not as large as the {count} {devices} asked for. Make it so."
+            raise self.refuse("backend.jax.mesh", mesh, problem)
 
 
 def read_job(words: Sequence[str]) -> Job:

@@ -131,7 +131,15 @@ def test_check_prints_origins_and_needs_no_engine(tmp_path: Path) -> None:
         "from common.cli import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    words = [sys.executable, "-c", program, "check", str(run_file), "rollout.group_size=8"]
+    words = [
+        sys.executable,
+        "-c",
+        program,
+        "check",
+        str(run_file),
+        "rollout.group_size=8",
+        "model.frozen=[model.embed_tokens.weight]",
+    ]
     checked = subprocess.run(
         words, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=False
     )
@@ -140,6 +148,7 @@ def test_check_prints_origins_and_needs_no_engine(tmp_path: Path) -> None:
     assert f"prompts_per_step: 4 # {run_file}:1" in checked.stdout
     assert f"rule: instructions # {ROOT / 'configs' / 'recipe' / 'rules.yaml'}:" in checked.stdout
     assert "temperature: 1.0 # default" in checked.stdout
+    assert "# frozen: 1 of 12 tensors, 30.2% of the weights\n" in checked.stdout
     assert "12 prompts an epoch, 12 held out, labels: instruction_rule; ready to train" in checked.stdout
     assert not (tmp_path / "run").exists()
 

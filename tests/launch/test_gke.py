@@ -174,6 +174,14 @@ def test_what_is_no_slice_is_refused(target: str) -> None:
             "does not divide over the 3 processes. Choose a multiple of that.",
         ),
         (
+            ("--on", "slurm", "--nodes", "2", "--gpus-per-node", "8", "--processes-per-node", "6"),
+            "is not as large as the 12 GPUs asked for. Make it so.",
+        ),
+        (
+            ("--on", "slurm", "--nodes", "2", "--gpus-per-node", "8", "--processes-per-node", "1"),
+            "is not as large as the 16 GPUs asked for. Make it so.",
+        ),
+        (
             ("--on", "slurm", "--nodes", "1", "--gpus-per-node", "1", "--account", "a\n#SBATCH --nodes=9"),
             "--account 'a\\n#SBATCH --nodes=9': holds a space, where an #SBATCH line ends. Give one word.",
         ),
