@@ -107,7 +107,7 @@ class RunDir:
         if not steps:
             return LoopState()
         folder = self.checkpoint(steps[-1])
-        found = read_manifest(folder)["loop"]
+        found = read_manifest(folder).loop
         try:
             return LoopState(**found)
         except TypeError as error:

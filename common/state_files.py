@@ -14,7 +14,6 @@ either engine.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -23,9 +22,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import numpy as np
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -33,7 +33,33 @@ from common.disk import NotSaved, sync, write_whole
 from common.types import Box, Kind, Piece, TrainingState
 
 MANIFEST = "manifest.json"
-_ENTRIES = {"loop", "optimizer_steps", "save", "shapes", "parts"}
+
+
+class Part(BaseModel):
+    """What one process wrote: the length of each of its files, by kind, and its boxes of each tensor."""
+
+    bytes: dict[str, int]
+    slices: dict[str, list[Box]]
+
+
+class Note(Part):
+    """What a process leaves beside its files until the manifest is written."""
+
+    shapes: dict[str, tuple[int, ...]]
+    optimizer_steps: int
+    save: str
+
+
+class Manifest(BaseModel):
+    """loop: what the training loop remembers. save: which save all files are of. shapes: of every tensor. parts: of all
+    processes, in order.
+    """
+
+    loop: dict[str, Any]
+    optimizer_steps: int
+    save: str
+    shapes: dict[str, tuple[int, ...]]
+    parts: Annotated[list[Part], Field(min_length=1)]
 
 
 def whole(array: np.ndarray) -> list[Piece]:
@@ -51,7 +77,7 @@ def write_part(state: TrainingState, folder: Path, index: int, count: int, save:
     """Write the pieces of process `index` of `count`, each kind in a file, and when they are on the disk a note of
     them. save: which save this is, the same in all of its files. Raises OSError when the disk does.
     """
-    files = {}
+    files: dict[str, int] = {}
     for kind, tensors in state.tensors.items():
         file = folder / _file_name(kind, index, count)
         pieces = [(name, piece) for name, parts in tensors.items() for piece in parts]
@@ -62,13 +88,12 @@ def write_part(state: TrainingState, folder: Path, index: int, count: int, save:
     for tensors in state.tensors.values():  # cut the same way in every kind
         boxes |= {name: [piece.box for piece in parts] for name, parts in tensors.items() if parts}
     shapes = {name: parts[0].shape for tensors in state.tensors.values() for name, parts in tensors.items() if parts}
-    counted = {"optimizer_steps": state.optimizer_steps, "save": save}
-    note = {"bytes": files, "slices": boxes, "shapes": shapes, **counted}
-    write_whole(note_file(folder, index, count), json.dumps(note))
+    note = Note(bytes=files, slices=boxes, shapes=shapes, optimizer_steps=state.optimizer_steps, save=save)
+    write_whole(note_file(folder, index, count), note.model_dump_json())
 
 
 def note_file(folder: Path, index: int, count: int) -> Path:
-    """What a process leaves in a checkpoint's folder when its part is complete, until the manifest is written."""
+    """Where a process leaves its note when its part is complete."""
     return folder / f"part{_suffix(index, count)}.json"
 
 
@@ -77,25 +102,23 @@ def seal(folder: Path, count: int, loop: Mapping[str, Any]) -> None:
 
     loop: what the training loop remembers beside it, JSON-ready. Raises OSError when the disk does.
     """
-    notes = [json.loads(note_file(folder, index, count).read_text()) for index in range(count)]
-    shapes: dict[str, list[int]] = {}
+    notes = [Note.model_validate_json(note_file(folder, index, count).read_bytes()) for index in range(count)]
+    shapes: dict[str, tuple[int, ...]] = {}
     boxes: defaultdict[str, list[Box]] = defaultdict(list)
     for note in notes:
-        assert note["optimizer_steps"] == notes[0]["optimizer_steps"], "processes are not at the same step"
-        assert note["save"] == notes[0]["save"], "parts are of two saves"
-        for name, shape in note["shapes"].items():
+        assert note.optimizer_steps == notes[0].optimizer_steps, "processes are not at the same step"
+        assert note.save == notes[0].save, "parts are of two saves"
+        for name, shape in note.shapes.items():
             assert shapes.setdefault(name, shape) == shape, f"processes disagree on the shape of {name}"
-            boxes[name] += note["slices"][name]
+            boxes[name] += note.slices[name]
     for name, shape in shapes.items():
         assert _covers_once(shape, boxes[name]), f"the slices of {name} are not each of its elements once"
-    manifest = {
-        "loop": dict(loop),
-        "optimizer_steps": notes[0]["optimizer_steps"],
-        "save": notes[0]["save"],
-        "shapes": shapes,
-        "parts": [{"bytes": note["bytes"], "slices": note["slices"]} for note in notes],
-    }
-    write_whole(folder / MANIFEST, json.dumps(manifest))
+    parts = [Part(bytes=note.bytes, slices=note.slices) for note in notes]
+    first = notes[0]
+    manifest = Manifest(
+        loop=dict(loop), optimizer_steps=first.optimizer_steps, save=first.save, shapes=shapes, parts=parts
+    )
+    write_whole(folder / MANIFEST, manifest.model_dump_json())
     for index in range(count):
         note_file(folder, index, count).unlink()
 
@@ -148,20 +171,18 @@ def drop_moments(folder: Path) -> None:
         (folder / _file_name(kind, 0, 1)).unlink()
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Manifest:
     """The manifest of a complete state. Raises NotSaved where there is none that can be read."""
     file = folder / MANIFEST
     try:
-        manifest = json.loads(file.read_text())
-        if isinstance(manifest, dict) and {*manifest} >= _ENTRIES and manifest["parts"]:
-            return manifest
-        problem = "is damaged (it lacks what a manifest holds)"
+        return Manifest.model_validate_json(file.read_bytes())
     except FileNotFoundError:
         problem = "is not there, so this is no checkpoint, or one of an older version"
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
-    except ValueError as error:
-        problem = f"is damaged ({error})"
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = f"is damaged ({'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']})"
     raise NotSaved(f"{file}: {problem}. {_remedy(folder)}")
 
 
@@ -170,8 +191,8 @@ def saved_kinds(folder: Path) -> list[Kind]:
     return _kinds(read_manifest(folder))
 
 
-def _kinds(manifest: Mapping[str, Any]) -> list[Kind]:
-    return [kind for kind in get_args(Kind) if kind in manifest["parts"][0]["bytes"]]
+def _kinds(manifest: Manifest) -> list[Kind]:
+    return [kind for kind in get_args(Kind) if kind in manifest.parts[0].bytes]
 
 
 def _remedy(folder: Path) -> str:
@@ -189,15 +210,14 @@ class SavedState:
 
     def __init__(self, folder: Path, files: ExitStack) -> None:
         manifest = read_manifest(folder)
-        self.optimizer_steps: int = manifest["optimizer_steps"]
-        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
+        self.optimizer_steps, self.shapes = manifest.optimizer_steps, manifest.shapes
         self.kinds = _kinds(manifest)
-        self._folder, self._files, self._parts, self._save = folder, files, manifest["parts"], manifest["save"]
+        self._folder, self._files, self._parts, self._save = folder, files, manifest.parts, manifest.save
         self._opened: dict[str, Any] = {}
         self._slices: defaultdict[str, list[tuple[int, Box]]] = defaultdict(list)
         for index, part in enumerate(self._parts):
-            for name, boxes in part["slices"].items():
-                self._slices[name] += [(index, tuple(map(tuple, box))) for box in boxes]
+            for name, boxes in part.slices.items():
+                self._slices[name] += [(index, box) for box in boxes]
 
     def refuse_other_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise NotSaved where a model's tensors are not those of this state."""
@@ -237,7 +257,7 @@ class SavedState:
     def _open(self, kind: Kind, index: int) -> Any:
         name = _file_name(kind, index, len(self._parts))
         if name not in self._opened:
-            path, size = self._folder / name, self._parts[index]["bytes"][kind]
+            path, size = self._folder / name, self._parts[index].bytes[kind]
             try:
                 if path.stat().st_size != size:
                     raise self._unreadable(path, f"has {path.stat().st_size} bytes where {size} were written")

@@ -156,11 +156,23 @@ def test_a_changed_manifest_is_an_error(tmp_path: Path, change: Callable[[Path],
 
 
 @pytest.mark.parametrize(
-    "text", ["null", "[]", "{}", '{"loop": {}, "optimizer_steps": 1, "save": "", "shapes": {}, "parts": []}']
+    ("text", "what"),
+    [
+        ("null", "all of it: "),
+        ("[]", "all of it: "),
+        ("{}", "loop: Field required"),
+        ('{"loop": {}, "optimizer_steps": 1, "save": "", "shapes": {}, "parts": []}', "parts: "),
+        (
+            '{"loop": {}, "optimizer_steps": 1, "save": "", "shapes": {}, "parts": [{}]}',
+            "parts.0.bytes: Field required",
+        ),
+        ('{"loop": {}, "optimizer_steps": 1, "save": "", "shapes": {"w": ["x"]}, "parts": [{}]}', "shapes.w.0: "),
+        ('{"loop": 1, "optimizer_steps": 1, "save": "", "shapes": {}, "parts": [{}]}', "loop: "),
+    ],
 )
-def test_a_manifest_of_another_shape_is_an_error(tmp_path: Path, text: str) -> None:
+def test_a_manifest_of_another_shape_is_an_error(tmp_path: Path, text: str, what: str) -> None:
     (tmp_path / MANIFEST).write_text(text)
-    with pytest.raises(NotSaved, match=f"{MANIFEST}: is damaged"), open_state(tmp_path):
+    with pytest.raises(NotSaved, match=rf"{MANIFEST}: is damaged \({what}"), open_state(tmp_path):
         raise AssertionError("it was opened")
 
 
