@@ -120,16 +120,24 @@ def _train(arguments: argparse.Namespace) -> NoReturn:
 
 
 def _plan(arguments: argparse.Namespace) -> NoReturn:
+    parts, overrides = _names_and_overrides(arguments.only)
+    planning.refuse_unknown(parts)
+    config = arguments.config + overrides
     # Before anybody is told to install an engine that does not plan for it.
-    planning.target_of(load_words(arguments.config), arguments.target, arguments.slices)
-    hand_over(arguments.config, "plan", arguments.target, str(arguments.slices), json.dumps(arguments.only))
+    planning.target_of(load_words(config), arguments.target, arguments.slices)
+    hand_over(config, "plan", arguments.target, str(arguments.slices), json.dumps(parts))
 
 
 def _attack(arguments: argparse.Namespace) -> NoReturn:
-    overrides = [word for word in arguments.judge if "=" in word]  # behind the names, as they may stand
-    judges = [word for word in arguments.judge if word not in overrides]
+    judges, overrides = _names_and_overrides(arguments.judge)
     options = json.dumps(Options(judges, arguments.samples, arguments.out))
     hand_over(arguments.config + overrides, "attack", options)
+
+
+def _names_and_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names that an option takes, and overrides, which may stand behind them."""
+    overrides = [word for word in words if "=" in word]
+    return [word for word in words if word not in overrides], overrides
 
 
 def _score(arguments: argparse.Namespace) -> NoReturn:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
@@ -19,7 +19,15 @@ def add_options(parser: argparse.ArgumentParser, slices: Callable[[str], int]) -
     """The verb's options; `slices` reads how many there are."""
     parser.add_argument("--target", required=True, help="v5p:4x4x8, v5e:16x16, a100-80:64, h100:8, h200:8, ...")
     parser.add_argument("--slices", type=slices, default=1, help="TPU pods of that shape, one a replica or more")
-    parser.add_argument("--only", choices=PARTS, nargs="+", action="extend", default=[], help="default: all three")
+    words = f"some of {', '.join(PARTS)}; default: all"
+    parser.add_argument("--only", metavar="PROGRAM", nargs="+", action="extend", default=[], help=words)
+
+
+def refuse_unknown(parts: Sequence[str]) -> None:
+    """Raise ConfigError for a program that is none of PARTS."""
+    for part in parts:
+        if part not in PARTS:
+            raise ConfigError(f"--only {part}: is no program of a plan. Choose among {', '.join(PARTS)}.")
 
 
 def target_of(loaded: LoadedConfig, name: str, slices: int) -> Target:

@@ -243,6 +243,15 @@ def test_the_command_plans_every_part_for_several_gpus(tmp_path: Path) -> None:
         assert empty not in done.stdout
 
 
+def test_the_command_takes_overrides_behind_the_programs(tmp_path: Path) -> None:
+    planned(tmp_path, QWEN, "h100:2")
+    words = "plan", tmp_path / "run.yaml", "--target", "h100:2", "--only"
+    done = safework(*words, "update", "batch.rows_per_microbatch=3")
+    assert done.returncode == 1 and "batch.rows_per_microbatch = 3 (command line): does not divide" in done.stderr
+    done = safework(*words, "update", "sampler")
+    assert done.stderr == "error: --only sampler: is no program of a plan. Choose among update, logprobs, sampling.\n"
+
+
 def test_packed_rows_are_counted_without_prompts(tmp_path: Path) -> None:
     needed = []
     for packed in (False, True):
