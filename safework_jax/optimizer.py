@@ -54,15 +54,18 @@ def step(
     moments: optax.ScaleByAdamState,
     gradients: Any,
     norm: jax.Array,
+    are_finite: jax.Array,
     rate: jax.Array | float,
     frozen: Frozen,
 ) -> tuple[Any, optax.ScaleByAdamState]:
-    """Scale gradients of global norm `norm` down to `clip_norm` if they exceed it, then one AdamW step at `rate`.
+    """Scale gradients of global norm `norm` down to `clip_norm` if they exceed it, then one AdamW step at `rate`; where
+    they are not finite, nothing changes.
 
     params, moments, gradients: of what is trained. Parameters and moments stay where the parameters lie; `params` and
     `moments` are given up.
     """
-    return _step(config, mesh_of(params), params, moments, gradients, norm, rate, frozen, _rest_on_host(moments))
+    offloaded = _rest_on_host(moments)
+    return _step(config, mesh_of(params), params, moments, gradients, norm, are_finite, rate, frozen, offloaded)
 
 
 def lower_step(
@@ -74,8 +77,8 @@ def lower_step(
     frozen: Frozen,
 ) -> jax.stages.Lowered:
     """`step` for shapes that say where they lie, not yet compiled; `number` is the shape of norm and rate."""
-    offloaded = _rest_on_host(moments)
-    return _step.lower(config, mesh_of(params), params, moments, gradients, number, number, frozen, offloaded)
+    offloaded, truth = _rest_on_host(moments), number.update(dtype=jnp.bool_)
+    return _step.lower(config, mesh_of(params), params, moments, gradients, number, truth, number, frozen, offloaded)
 
 
 def _rest_on_host(moments: optax.ScaleByAdamState) -> bool:
@@ -90,6 +93,7 @@ def _step(
     moments: optax.ScaleByAdamState,
     gradients: Any,
     norm: jax.Array,
+    are_finite: jax.Array,
     rate: jax.Array | float,
     frozen: Frozen,
     offloaded: bool,
@@ -104,7 +108,8 @@ def _step(
     direction, _ = decay.update(direction, decay.init(params), params)
     assert isinstance(after, optax.ScaleByAdamState)
     direction = frozen.zeroed(direction)  # nor do frozen layers decay
-    params = jax.tree.map(lambda parameter, change: parameter - rate * change, params, direction)
+    stepped = jax.tree.map(lambda parameter, change: parameter - rate * change, params, direction)
+    params, after = jax.tree.map(partial(jnp.where, are_finite), (stepped, after), (params, moments))
     params, mu, nu = (placed_like_parameters(tree, mesh) for tree in (params, after.mu, after.nu))
     if offloaded:
         mu, nu = jax.device_put((mu, nu), jax.memory.Space.Host)

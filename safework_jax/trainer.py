@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import resource
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,26 @@ from safework_jax.models.decoder.text import Params
 from safework_jax.programs import Arrays, program_for
 from safework_jax.sampling import sample
 from safework_jax.sharding import host, make_mesh, parameter_sharding, place, rows_sharding
+
+
+class Totals(NamedTuple):
+    """What the passes of an update come to: the loss and the statistics of each micro-batch, and the gradient's norm,
+    fp32 scalars on the devices.
+    """
+
+    losses: tuple[jax.Array, ...]
+    norm: jax.Array
+    sums: tuple[Sums, ...]
+
+    @property
+    def are_finite(self) -> jax.Array:
+        """Bool scalar on the devices: whether there is a step to make."""
+        return jnp.isfinite(self.norm) & jnp.isfinite(functools.reduce(operator.add, self.losses))
+
+    def read(self) -> tuple[float, float, Sums]:
+        """Loss, gradient norm and statistics on the host."""
+        losses, norm, sums = jax.device_get(self)
+        return sum(map(float, losses)), float(norm), Sums(*map(float, functools.reduce(add_sums, sums)))
 
 
 class JaxTrainer:
@@ -55,36 +76,38 @@ class JaxTrainer:
         """One optimizer step; see PolicyTrainer. Host and devices exchange only what is sent or asked for in so many
         words."""
         with jax.transfer_guard_host_to_device("disallow"), jax.transfer_guard_device_to_host("disallow"):
-            loss, sums, gradients, norm = self._accumulate(batch, self._config.loss)
-            found = float(jax.device_get(norm))
-            if not math.isfinite(loss) or not math.isfinite(found):
-                raise NonFiniteUpdate(f"loss {loss}, gradient norm {found}.")
-            self._step(gradients, norm, learning_rate)
-        return update_record(sums, found)
+            totals, gradients = self._accumulate(batch, self._config.loss)
+            self._step(gradients, totals.norm, totals.are_finite, learning_rate)
+            # Asked for once, after all work is handed out: the devices need not wait for the host in between.
+            loss, norm, sums = totals.read()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise NonFiniteUpdate(f"loss {loss}, gradient norm {norm}.")
+            self._count_step()
+        return update_record(sums, norm)
 
-    def _step(self, gradients: Params, norm: jax.Array, learning_rate: float) -> None:
+    def _step(self, gradients: Params, norm: jax.Array, are_finite: jax.Array, learning_rate: float) -> None:
         rate = place(np.array(learning_rate, np.float32), norm.sharding)
         frozen = self._program.frozen
         trained, self._moments = optimizer.step(
-            self._config.optimizer, self._trained, self._moments, gradients, norm, rate, frozen
+            self._config.optimizer, self._trained, self._moments, gradients, norm, are_finite, rate, frozen
         )
         self._params = frozen.completed(trained, self._params)
+
+    def _count_step(self) -> None:
         self._steps += 1
         if self._average is not None:
             self._average.follow(self._params, self._steps)
 
-    def _accumulate(self, batch: TrainBatch, loss_config: LossConfig) -> tuple[float, Sums, Params, jax.Array]:
-        """The loss over the whole batch, its statistics as floats, its gradient and the norm of that."""
+    def _accumulate(self, batch: TrainBatch, loss_config: LossConfig) -> tuple[Totals, Params]:
+        """What the passes over the whole batch come to, and the gradient."""
         program = self._program._replace(loss=loss_config).for_rows(batch.segment_ids)
         gradients = programs.no_gradients(self._trained, self._mesh)
         parts = []
         for rows in self._microbatches(batch):
             gradients, *part = programs.accumulate(self._params, gradients, rows, program)
             parts.append(part)
-        norm = optimizer.global_norm(gradients)
-        # Asked for once, after all work is handed out: the devices need not wait for the host in between.
-        losses, sums = zip(*jax.device_get(parts), strict=True)
-        return sum(map(float, losses)), Sums(*map(float, functools.reduce(add_sums, sums))), gradients, norm
+        losses, sums = zip(*parts, strict=True)
+        return Totals(losses, optimizer.global_norm(gradients), sums), gradients
 
     def logprobs(self, batch: TrainBatch, which: Literal["policy", "reference"]) -> np.ndarray:
         """float32 [B T] of the policy or the reference; see PolicyTrainer."""
@@ -112,7 +135,8 @@ class JaxTrainer:
 
     def named_gradients(self, batch: TrainBatch, loss: LossConfig) -> tuple[float, dict[str, np.ndarray]]:
         """Loss and gradient by Hugging Face name; see ParityTrainer."""
-        value, _, gradients, _ = self._accumulate(batch, loss)
+        totals, gradients = self._accumulate(batch, loss)
+        value, *_ = totals.read()
         return value, named(gradients, self._program.frozen)
 
     def loss_gradient(self, batch: TrainBatch, loss: LossConfig, logprobs: np.ndarray) -> tuple[float, np.ndarray]:
@@ -128,7 +152,9 @@ class JaxTrainer:
     def apply_gradients(self, gradients: Mapping[str, np.ndarray], learning_rate: float) -> None:
         """One optimizer step from given gradients; see ParityTrainer."""
         tree = stacked(gradients, self._trained, self._program.frozen)
-        self._step(tree, optimizer.global_norm(tree), learning_rate)
+        norm = optimizer.global_norm(tree)
+        self._step(tree, norm, jnp.isfinite(norm), learning_rate)
+        self._count_step()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

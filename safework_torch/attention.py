@@ -21,6 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, PreTrainedConfig
 
+from safework_torch.sharding import sent
+
 PACKED = "safework_packed"  # the name under which transformers calls `packed_attention`
 
 # Families that may mix full and sliding-window layers, and take one mask for each kind.
@@ -176,9 +178,3 @@ def fast_kernels() -> Iterator[None]:
     """SDPA takes the fastest kernel that can: on an H100 cuDNN's takes half the time of flash attention's."""
     with sdpa_kernel(_KERNELS, set_priority=True):
         yield
-
-
-def sent(array: np.ndarray, device: torch.device) -> Tensor:
-    """An array of the host on the device. The host does not wait for what the device still does."""
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

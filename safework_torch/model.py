@@ -28,8 +28,8 @@ from common.data.frozen import frozen_names
 from common.data.model_config import is_classifier
 from common.data.model_weights import checked_model
 from common.types import TrainBatch
-from safework_torch.attention import PACKED, Packing, packed_masks, sent
-from safework_torch.sharding import fill
+from safework_torch.attention import PACKED, Packing, packed_masks
+from safework_torch.sharding import fill, sent
 from safework_torch.token_logprobs import token_logprobs
 
 Recompute = Literal["none", "dots", "full"]

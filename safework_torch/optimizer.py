@@ -15,18 +15,23 @@ from functools import cache
 from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from common.config.method import OptimizerConfig
-from safework_torch.sharding import local
+from safework_torch.sharding import local, sent
 
 # Elements updated at a time on a CPU: with all arrays of a slice in cache, memory is crossed once instead of ten times.
 CPU_SLICE = 1 << 16
+# Weight, gradient, first and second moment of each parameter; all but the gradient are changed.
+_Arrays = Sequence[Sequence[Tensor]]
 
 
 class Numbers(NamedTuple):
-    """What one step does to all elements alike; on a GPU scalars there, so that new ones compile nothing anew."""
+    """What one step does to all elements alike; on a GPU scalars there, so that new ones compile nothing anew and the
+    host waits for none.
+    """
 
     scale: float | Tensor
     first_correction: float | Tensor
@@ -35,7 +40,8 @@ class Numbers(NamedTuple):
 
 
 class AdamW:
-    """fp32 moments of the part of each named parameter that this process holds, and the number of steps taken.
+    """fp32 moments of the part of each named parameter that this process holds, and the number of steps taken, which
+    the owner counts: only later is it known whether one was.
 
     device: where steps are computed; what rests in host memory comes there for the step of its layer. copies: how often
     each part is there among the processes of the run. offload: moments rest in host memory.
@@ -66,9 +72,9 @@ class AdamW:
         """Norm of this process's parts of the gradients, fp32 scalar."""
         return _norm([local(_gradient(parameter)) for parameter in self.named.values()])
 
-    def norm_of(self, parts: Sequence[float]) -> float:
-        """Norm of the gradients, from `own_norm` of every process."""
-        return math.hypot(*parts) / math.sqrt(self._copies)
+    def norm_of(self, parts: Tensor) -> Tensor:
+        """Norm of the gradients, float64 scalar, from `own_norm` of every process, float64 [P]."""
+        return torch.linalg.vector_norm(parts) / math.sqrt(self._copies)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -76,20 +82,23 @@ class AdamW:
             parameter.grad = None
 
     @torch.no_grad()
-    def step(self, norm: float, learning_rate: float) -> None:
-        """One step from gradients of global norm `norm`, scaled down to `clip_norm` if they exceed it."""
-        self.steps += 1
-        config = self._config
-        scale = min(1.0, config.clip_norm / norm) if norm > 0 else 1.0
-        numbers = Numbers(scale, 1.0 - config.beta1**self.steps, 1.0 - config.beta2**self.steps, learning_rate)
+    def step(self, norm: Tensor, are_finite: Tensor, learning_rate: float) -> None:
+        """One step from gradients of global norm `norm`, float64 scalar, scaled down to `clip_norm` if they exceed it;
+        where they are not finite, bool scalar, nothing changes. The host does not wait for a GPU to know either.
+        """
+        config, steps = self._config, self.steps + 1
+        scale = (config.clip_norm / norm).clamp(max=1.0)  # of a norm of 0 too
+        known = (1.0 - config.beta1**steps, 1.0 - config.beta2**steps, learning_rate)
         on_gpu = self._device.type == "cuda"
         if on_gpu:
-            numbers = Numbers(*torch.tensor(numbers, device=self._device).unbind())
+            numbers = Numbers(scale.float(), *sent(np.array(known, np.float32), self._device).unbind())
+        else:
+            numbers = Numbers(float(scale), *known)
         step = _compiled() if on_gpu else _step_in_slices
         for names in self._layers:
             decays = [config.weight_decay if self.named[name].ndim >= 2 else 0.0 for name in names]
             arrays = [self._on_device(name) for name in names]
-            step(arrays, decays, numbers, config)
+            step(arrays, decays, numbers, config, are_finite)
             for name, (weight, _, first, second) in zip(names, arrays, strict=True):
                 _rest(weight, local(self.named[name]))
                 _rest(first, self.first_moment[name])
@@ -129,17 +138,16 @@ def _layer_of(name: str) -> str:
 
 
 def _step_in_slices(
-    arrays: Sequence[Sequence[Tensor]], decays: Sequence[float], numbers: Numbers, config: OptimizerConfig
+    arrays: _Arrays, decays: Sequence[float], numbers: Numbers, config: OptimizerConfig, are_finite: Tensor
 ) -> None:
+    if not are_finite:
+        return
     for whole, decay in zip(arrays, decays, strict=True):
         for part in zip(*(array.view(-1).split(CPU_SLICE) for array in whole), strict=True):
             _step([part], [decay], numbers, config)
 
 
-def _step(
-    arrays: Sequence[Sequence[Tensor]], decays: Sequence[float], numbers: Numbers, config: OptimizerConfig
-) -> None:
-    """arrays: weight, gradient, first and second moment of each parameter; all but the gradient are changed."""
+def _step(arrays: _Arrays, decays: Sequence[float], numbers: Numbers, config: OptimizerConfig) -> None:
     for (p, gradient, m, v), decay in zip(arrays, decays, strict=True):
         g = gradient * numbers.scale
         m.mul_(config.beta1).add_(g, alpha=1.0 - config.beta1)
@@ -149,10 +157,21 @@ def _step(
         p.sub_(direction.mul_(numbers.rate))
 
 
+def step_if_finite(
+    arrays: _Arrays, decays: Sequence[float], numbers: Numbers, config: OptimizerConfig, are_finite: Tensor
+) -> None:
+    """`_step`, of which the device decides whether anything comes."""
+    before = [[array.clone() for array in (p, m, v)] for p, _, m, v in arrays]
+    _step(arrays, decays, numbers, config)
+    for (p, _, m, v), were in zip(arrays, before, strict=True):
+        for array, was in zip((p, m, v), were, strict=True):
+            array.copy_(torch.where(are_finite, array, was))
+
+
 @cache
 def _compiled() -> Callable[..., None]:
     """On a GPU all of a layer's arrays are read and written once."""
-    return torch.compile(_step)
+    return torch.compile(step_if_finite)
 
 
 class Average:

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -206,6 +207,29 @@ def _read(file: Any, name: str, like: Tensor, device: torch.device) -> Tensor:
     if own.numel():
         own.copy_(file.get_slice(name)[own_part(like)])
     return weight
+
+
+def sent(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array of the host on the device. The host does not wait for what the device still does."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Arriving:
+    """A tensor of the device on its way to the host, which will wait for it and not for work handed out behind it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._there = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        self._there.copy_(tensor, non_blocking=True)
+        self._event = torch.cuda.Event() if tensor.is_cuda else None
+        if self._event is not None:
+            self._event.record()
+
+    def read(self) -> Tensor:
+        """The tensor on the host."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._there
 
 
 def local(tensor: Tensor) -> Tensor:

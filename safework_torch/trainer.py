@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,28 @@ from safework_torch.model import Microbatch, empty_model, freeze, microbatch, pa
 from safework_torch.optimizer import AdamW, Average
 from safework_torch.processes import gather_objects, gather_rows, own_rows
 from safework_torch.sampling import sample
-from safework_torch.sharding import Whole, full, shard_like
+from safework_torch.sharding import Arriving, Whole, full, shard_like
+
+
+class Totals(NamedTuple):
+    """What the passes of an update come to over all processes, float64 scalars on the device; and on its way to the
+    host both of them and the statistics of each process.
+    """
+
+    loss: Tensor
+    norm: Tensor
+    arriving: Arriving
+
+    @property
+    def are_finite(self) -> Tensor:
+        """Bool scalar on the device: whether there is a step to make."""
+        return self.loss.isfinite() & self.norm.isfinite()
+
+    def read(self) -> tuple[float, float, Sums]:
+        """Loss, gradient norm and statistics on the host."""
+        found = self.arriving.read()
+        (loss, norm), each = found[:2].tolist(), found[2:].view(-1, len(Sums._fields))
+        return loss, norm, Sums(*map(float, reduce(add_sums, (Sums(*own) for own in each))))
 
 
 class TorchTrainer:
@@ -64,22 +85,26 @@ class TorchTrainer:
 
     def update(self, batch: TrainBatch, learning_rate: float) -> dict[str, float]:
         """One optimizer step; see PolicyTrainer."""
-        loss, sums, norm = self._accumulate(batch, self._config.loss)
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            self._optimizer.zero_grad()
+        totals = self._accumulate(batch, self._config.loss)
+        self._step(totals.norm, totals.are_finite, learning_rate)
+        loss, norm, sums = totals.read()  # only here does the host wait, while a GPU makes the step
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFiniteUpdate(f"loss {loss}, gradient norm {norm}.")
-        self._step(norm, learning_rate)
+        self._count_step()
         return update_record(sums, norm)
 
-    def _step(self, norm: float, learning_rate: float) -> None:
-        self._optimizer.step(norm, learning_rate)
-        self._optimizer.zero_grad()
+    def _step(self, norm: Tensor, are_finite: Tensor, learning_rate: float) -> None:
+        self._optimizer.step(norm, are_finite, learning_rate)
         self._policy.follow_masters()
+        self._optimizer.zero_grad()
+
+    def _count_step(self) -> None:
+        self._optimizer.steps += 1
         if self._average is not None:
             self._average.follow(self._optimizer.steps)
 
-    def _accumulate(self, batch: TrainBatch, loss_config: LossConfig) -> tuple[float, Sums, float]:
-        """Sum the gradient of the whole batch into `.grad`; returns the loss, its statistics and the gradient norm."""
+    def _accumulate(self, batch: TrainBatch, loss_config: LossConfig) -> Totals:
+        """Sum the gradient of the whole batch into `.grad`."""
         total, sums = torch.zeros((), dtype=torch.float64, device=self._device), None
         for rows in self._microbatches(batch):
             self._policy.begin_microbatch(rows.is_last)
@@ -91,10 +116,9 @@ class TorchTrainer:
             sums = part if sums is None else add_sums(sums, part)
         assert sums is not None, "a batch has rows"
         own = torch.stack([value.to(total) for value in (total, self._optimizer.own_norm(), *sums)])
-        parts = gather_rows(own[None]).cpu()  # of all processes; only here does the host wait for the device
-        sums = reduce(add_sums, (Sums(*part[2:]) for part in parts))
-        norm = self._optimizer.norm_of(parts[:, 1].tolist())
-        return float(parts[:, 0].sum()), Sums(*map(float, sums)), norm
+        parts = gather_rows(own[None])  # of all processes
+        loss, norm = parts[:, 0].sum(), self._optimizer.norm_of(parts[:, 1])
+        return Totals(loss, norm, Arriving(torch.cat([loss[None], norm[None], parts[:, 2:].flatten()])))
 
     @torch.no_grad()
     def logprobs(self, batch: TrainBatch, which: Literal["policy", "reference"]) -> np.ndarray:
@@ -127,7 +151,7 @@ class TorchTrainer:
 
     def named_gradients(self, batch: TrainBatch, loss: LossConfig) -> tuple[float, dict[str, np.ndarray]]:
         """Loss and gradient by Hugging Face name; see ParityTrainer."""
-        value, *_ = self._accumulate(batch, loss)
+        value, *_ = self._accumulate(batch, loss).read()
         named = self._optimizer.named.items()
         gradients = {name: full(p.grad).cpu().numpy() for name, p in named if p.grad is not None}
         self._optimizer.zero_grad()
@@ -146,8 +170,10 @@ class TorchTrainer:
         """One optimizer step from given gradients; see ParityTrainer."""
         for name, parameter in self._optimizer.named.items():
             parameter.grad = shard_like(torch.from_numpy(gradients[name]), parameter)
-        norms = gather_rows(self._optimizer.own_norm().cpu()[None])
-        self._step(self._optimizer.norm_of(norms.tolist()), learning_rate)
+        own = self._optimizer.own_norm().to(self._device, torch.float64)
+        norm = self._optimizer.norm_of(gather_rows(own[None]))
+        self._step(norm, norm.isfinite(), learning_rate)
+        self._count_step()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -51,7 +51,7 @@ class Stepped:
     def step(self, gradients: Mapping[str, np.ndarray], rate: float) -> float:
         norm = optimizer.global_norm(tree(gradients))
         self.params, self.moments = optimizer.step(
-            self.config, self.params, self.moments, tree(gradients), norm, rate, ALL_TRAINED
+            self.config, self.params, self.moments, tree(gradients), norm, jnp.isfinite(norm), rate, ALL_TRAINED
         )
         return float(norm)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from common.config.method import OptimizerConfig
 from common.state_files import write_state
 from safework_torch.checkpoint import restore_state, snapshot
-from safework_torch.optimizer import CPU_SLICE, AdamW
+from safework_torch.optimizer import CPU_SLICE, AdamW, Numbers, step_if_finite
 from tests.adamw import CASES, Reference, assert_follows, lost_decay, random_parameters, random_steps
 
 SHAPES = {"matrix": (300, 260), "small": (3, 5), "norm": (40,), "bias": (7,)}
@@ -29,10 +30,11 @@ def make(config: OptimizerConfig, start: Mapping[str, np.ndarray]) -> AdamW:
 def step(optimizer: AdamW, gradients: Mapping[str, np.ndarray], learning_rate: float) -> float:
     for name, parameter in optimizer.named.items():
         parameter.grad = torch.from_numpy(gradients[name])
-    norm = optimizer.norm_of([float(optimizer.own_norm())])
-    optimizer.step(norm, learning_rate)
+    norm = optimizer.norm_of(optimizer.own_norm().double()[None])
+    optimizer.step(norm, torch.isfinite(norm), learning_rate)
     optimizer.zero_grad()
-    return norm
+    optimizer.steps += 1
+    return float(norm)
 
 
 def values(optimizer: AdamW) -> dict[str, np.ndarray]:
@@ -56,6 +58,33 @@ def test_ten_steps_follow_the_written_rule(case: str) -> None:
     for name in SHAPES:
         np.testing.assert_allclose(optimizer.first_moment[name], reference.first[name], rtol=1e-4, atol=1e-7 * size)
         np.testing.assert_allclose(optimizer.second_moment[name], reference.second[name], rtol=1e-4)
+
+
+@pytest.mark.parametrize("factor", [1.0, math.inf, math.nan])
+def test_where_a_gpu_decides_a_step_is_the_same_or_nothing(factor: float) -> None:
+    config, rate, start = OptimizerConfig(), 1e-3, random_parameters(SHAPES)
+    one, other, before = (make(config, start) for _ in range(3))
+    first, second, *_ = random_steps(SHAPES, 1.0)
+    for optimizer in (one, other, before):
+        step(optimizer, first, rate)
+    broken = {name: array * np.float32(factor) for name, array in second.items()}
+    norm = step(one, broken, rate)
+    numbers = Numbers(min(1.0, config.clip_norm / norm), 1.0 - config.beta1**2, 1.0 - config.beta2**2, rate)
+    arrays = [[held[name] for held in arrays_of(other, broken)] for name in SHAPES]
+    decays = [config.weight_decay if name in MATRICES else 0.0 for name in SHAPES]
+    step_if_finite(arrays, decays, numbers, config, torch.tensor(math.isfinite(norm)))
+    assert same(one, other) and same(one, before) == (factor != 1.0)
+
+
+def arrays_of(optimizer: AdamW, gradients: Mapping[str, np.ndarray]) -> list[Mapping[str, torch.Tensor]]:
+    weights = {name: parameter.detach() for name, parameter in optimizer.named.items()}
+    given = {name: torch.from_numpy(gradient) for name, gradient in gradients.items()}
+    return [weights, given, optimizer.first_moment, optimizer.second_moment]
+
+
+def same(one: AdamW, other: AdamW) -> bool:
+    kinds = zip(arrays_of(one, {}), arrays_of(other, {}), strict=True)
+    return all(torch.equal(ours[name], theirs[name]) for ours, theirs in kinds for name in ours)
 
 
 def test_on_a_gpu_nothing_travels_that_lies_there() -> None:
