@@ -32,6 +32,8 @@ HALF_B = QWEN | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_laye
 HALF_B |= {"num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64}
 ONE_AND_A_HALF_B = QWEN | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
 ONE_AND_A_HALF_B |= {"num_attention_heads": 12, "num_key_value_heads": 2, "head_dim": 128}
+SEVEN_B = QWEN | {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 152064}
+SEVEN_B |= {"num_attention_heads": 28, "num_key_value_heads": 4, "head_dim": 128, "tie_word_embeddings": False}
 SIX_TENTHS = QWEN | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 128}
 SIX_TENTHS |= {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
 SIX_TENTHS |= {"num_attention_heads": 16, "num_key_value_heads": 8}
@@ -43,8 +45,13 @@ MEASURED = [
     (HALF_B, "h100:1", "full", 32, 12.1),
     (HALF_B, "h100:1", "full", 16, 10.4),
     (ONE_AND_A_HALF_B, "h100:1", "none", 16, 62.2),
-    (HALF_B, "h100:2", "none", 64, 43.5),
-    (ONE_AND_A_HALF_B, "h100:2", "none", 32, 52.7),
+]
+SHARDED = [  # rows of both cards, tokens of each, GiB of a card
+    (HALF_B, "zero2", "none", 64, 1024, 43.5),
+    (HALF_B, "zero1", "none", 64, 1024, 43.2),
+    (ONE_AND_A_HALF_B, "zero2", "none", 32, 1024, 52.7),
+    (ONE_AND_A_HALF_B, "zero1", "none", 32, 1024, 53.6),
+    (SEVEN_B, "zero1", "full", 2, 16384, 93.6),
 ]
 PACKED = [(HALF_B, 4, 4096, 27.6), (SIX_TENTHS, 1, 16384, 33.9)]  # rows, tokens of each, GiB
 
@@ -71,7 +78,7 @@ def planned(
         batch=batch,
         ema=ema,
         data={"max_prompt_tokens": 256},
-        rollout={"max_new_tokens": 768, "rows": backend.pop("samples", 64)},
+        rollout={"max_new_tokens": backend.pop("response", 768), "rows": backend.pop("samples", 64)},
         model={"frozen": frozen},
         loss=loss,
         backend={"dtype": "bfloat16", "torch": {"compile": True, **section}, **backend},
@@ -84,6 +91,15 @@ def test_the_peak_is_what_gpus_measured(
     shapes: dict[str, Any], target: str, recompute: str, rows: int, gib: float, tmp_path: Path
 ) -> None:
     [update] = planned(tmp_path, shapes, target, ("update",), recompute=recompute, rows=rows).programs
+    assert update.needed_bytes / 2**30 == pytest.approx(gib, rel=0.09)
+
+
+@pytest.mark.parametrize(("shapes", "sharding", "recompute", "rows", "tokens", "gib"), SHARDED)
+def test_the_peak_of_each_of_two_gpus_is_what_they_measured(
+    shapes: dict[str, Any], sharding: str, recompute: str, rows: int, tokens: int, gib: float, tmp_path: Path
+) -> None:
+    backend = {"sharding": sharding, "recompute": recompute, "rows": rows, "response": tokens - 256}
+    [update] = planned(tmp_path, shapes, "h200:2", ("update",), {"row_tokens": tokens}, **backend).programs
     assert update.needed_bytes / 2**30 == pytest.approx(gib, rel=0.09)
 
 
