@@ -23,6 +23,9 @@ KINDS = (
 )
 
 
+SHOWN = 12  # places of gaps, the longest together first
+
+
 class Span(NamedTuple):
     """A kernel's name, and when it began and ended, in milliseconds."""
 
@@ -76,8 +79,12 @@ def show(spans: list[Span], updates: int) -> None:
     print(f"  an update {whole / updates:.1f} ms: {len(spans) / updates:.0f} launches, ", end="")
     print(", ".join(f"{kind} {kinds[kind] / updates:.1f}" for kind, _ in KINDS if kinds[kind]), end=", ")
     print(f"idle {idle / updates:.1f}")
-    for gap, before, after in sorted(gaps, reverse=True)[: 3 * updates]:
-        print(f"    {gap:6.2f} ms idle between {before[:60]} and {after[:60]}")
+    between: defaultdict[str, list[float]] = defaultdict(list)
+    for gap, before, after in gaps:
+        between[f"{before[:60]} and {after[:60]}"].append(gap)
+    for names, found in sorted(between.items(), key=lambda entry: -sum(entry[1]))[:SHOWN]:
+        each = f"{len(found) / updates:.1f} of {max(found):.2f} at most"
+        print(f"    {sum(found) / updates:6.2f} ms idle, {each}, between {names}")
 
 
 def _kind(name: str) -> str:
