@@ -11,6 +11,7 @@ causal attention, without what is computed again, of 989 TFLOP/s; peak memory is
 from __future__ import annotations
 
 import argparse
+import math
 import subprocess
 import sys
 import tempfile
@@ -127,18 +128,12 @@ def measure(arguments: argparse.Namespace) -> None:
         seconds = (time.perf_counter() - started) / arguments.updates
         peak = trainer.peak_memory_gib()
         spans = profiled(trainer, batch, arguments.engine) if arguments.profile else []
-        cards = len(team.places) if arguments.engine == "torch" else devices_of_jax()
+        mesh = loaded.config.backend.jax.get("mesh", {})
+        cards = len(team.places) if arguments.engine == "torch" else math.prod(mesh.values())
     if team.leads:
         show(name, case, arguments.engine, recompute, seconds, peak, first, cards)
         if spans:
             device_time.show(spans, PROFILED)
-
-
-def devices_of_jax() -> int:
-    """Of all processes together."""
-    import jax
-
-    return jax.device_count()
 
 
 def show(

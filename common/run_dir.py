@@ -23,15 +23,16 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from common.disk import NotSaved, not_locked, not_written, sync
-from common.state_files import MANIFEST, note_file, read_manifest, seal
+from common.state_files import MANIFEST, Count, first_problem, note_file, read_manifest, seal
 from common.types import TrainBatch
 
 JOURNAL = "journal.jsonl"
@@ -46,10 +47,10 @@ class LoopState:
     data files' digests by path, and which save it is from.
     """
 
-    step: int = 0
-    cursor: int = 0
-    policy_version: int = 0
-    record_bytes: dict[str, int] = field(default_factory=dict)
+    step: Count = 0
+    cursor: Count = 0
+    policy_version: Count = 0
+    record_bytes: dict[str, Count] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)
     save: str = ""
 
@@ -109,10 +110,15 @@ class RunDir:
         folder = self.checkpoint(steps[-1])
         found = read_manifest(folder).loop
         try:
-            return LoopState(**found)
-        except TypeError as error:
-            problem = f"is damaged, or of another version ({error})"
-            raise NotSaved(f"{folder / MANIFEST}: {problem}. Put it back, or start anew in another run.dir.") from None
+            if {*found} == {entry.name for entry in fields(LoopState)}:
+                return TypeAdapter(LoopState).validate_python(found)
+            problem = f"its loop has {', '.join(map(repr, found)) or 'no entries'}"
+        except ValidationError as error:
+            problem = f"loop, {first_problem(error)}"
+        raise NotSaved(
+            f"{folder / MANIFEST}: is damaged, or of another version ({problem}). Put it back, or start anew in "
+            "another run.dir."
+        )
 
     def rewind_records(self, state: LoopState) -> None:
         """Cut the record files back to where the state left them and remove half-written checkpoints; where no

@@ -14,7 +14,6 @@ either engine.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from bisect import bisect_left
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -33,20 +32,22 @@ from common.disk import NotSaved, sync, write_whole
 from common.types import Box, Kind, Piece, TrainingState
 
 MANIFEST = "manifest.json"
+Count = Annotated[int, Field(strict=True, ge=0)]
+Shape = tuple[Count, ...]
 
 
 class Part(BaseModel):
     """What one process wrote: the length of each of its files, by kind, and its boxes of each tensor."""
 
-    bytes: dict[str, int]
+    bytes: dict[str, Count]
     slices: dict[str, list[Box]]
 
 
 class Note(Part):
     """What a process leaves beside its files until the manifest is written."""
 
-    shapes: dict[str, tuple[int, ...]]
-    optimizer_steps: int
+    shapes: dict[str, Shape]
+    optimizer_steps: Count
     save: str
 
 
@@ -56,10 +57,23 @@ class Manifest(BaseModel):
     """
 
     loop: dict[str, Any]
-    optimizer_steps: int
+    optimizer_steps: Count
     save: str
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, Shape]
     parts: Annotated[list[Part], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Manifest:
+        """Every element of every tensor is in one part, and every part has the same kinds."""
+        kinds = self.parts[0].bytes.keys()
+        if "model" not in kinds or any(part.bytes.keys() != kinds for part in self.parts):
+            raise ValueError("its parts do not have the same kinds of tensors, of which model is one")
+        if not all(part.slices.keys() <= self.shapes.keys() for part in self.parts):
+            raise ValueError("its parts have tensors whose shapes it lacks")
+        for name, shape in self.shapes.items():
+            if not _covers_once(shape, [box for part in self.parts for box in part.slices.get(name, [])]):
+                raise ValueError(f"the slices of {name!r} are not each of its elements once")
+        return self
 
 
 def whole(array: np.ndarray) -> list[Piece]:
@@ -104,15 +118,11 @@ def seal(folder: Path, count: int, loop: Mapping[str, Any]) -> None:
     """
     notes = [Note.model_validate_json(note_file(folder, index, count).read_bytes()) for index in range(count)]
     shapes: dict[str, tuple[int, ...]] = {}
-    boxes: defaultdict[str, list[Box]] = defaultdict(list)
     for note in notes:
         assert note.optimizer_steps == notes[0].optimizer_steps, "processes are not at the same step"
         assert note.save == notes[0].save, "parts are of two saves"
         for name, shape in note.shapes.items():
             assert shapes.setdefault(name, shape) == shape, f"processes disagree on the shape of {name}"
-            boxes[name] += note.slices[name]
-    for name, shape in shapes.items():
-        assert _covers_once(shape, boxes[name]), f"the slices of {name} are not each of its elements once"
     parts = [Part(bytes=note.bytes, slices=note.slices) for note in notes]
     first = notes[0]
     manifest = Manifest(
@@ -125,6 +135,8 @@ def seal(folder: Path, count: int, loop: Mapping[str, Any]) -> None:
 
 def _covers_once(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
     """Whether boxes cover each element of a tensor once and nothing outside it: counted on the grid of their edges."""
+    if any(len(box) != len(shape) or any(start > stop for start, stop in box) for box in boxes):
+        return False
     edges = [sorted({0, size, *(bound for box in boxes for bound in box[axis])}) for axis, size in enumerate(shape)]
     if any(edge[0] != 0 or edge[-1] != size for edge, size in zip(edges, shape, strict=True)):
         return False
@@ -181,9 +193,15 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
     except ValidationError as error:
-        first = error.errors()[0]
-        problem = f"is damaged ({'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']})"
+        problem = f"is damaged ({first_problem(error)})"
     raise NotSaved(f"{file}: {problem}. {_remedy(folder)}")
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first entry that does not fit its schema, and why."""
+    first = error.errors()[0]
+    entry, why = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    return f"{entry!r}: {why}" if entry else why
 
 
 def saved_kinds(folder: Path) -> list[Kind]:
@@ -243,12 +261,13 @@ class SavedState:
             shared = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(wanted, box, strict=True))
             if all(start < stop for start, stop in shared):
                 file, key = self._open(kind, index), _key(name, box, shape)
-                array = file.get_tensor(key) if shared == box else file.get_slice(key)[_within(box, shared)]
+                try:
+                    array = file.get_tensor(key) if shared == box else file.get_slice(key)[_within(box, shared)]
+                except SafetensorError as error:
+                    raise self._unreadable(self._folder, f"its files are not those of its manifest ({error})") from None
                 if shared == wanted:
                     return array
                 parts.append((_within(wanted, shared), array))
-        if sum(array.size for _, array in parts) != math.prod(stop - start for start, stop in wanted):
-            raise self._unreadable(self._folder / MANIFEST, f"knows no file of all of {name}")
         found = np.empty([stop - start for start, stop in wanted], parts[0][1].dtype if parts else np.float32)
         for place, array in parts:
             found[place] = array

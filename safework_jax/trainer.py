@@ -42,7 +42,7 @@ class Totals(NamedTuple):
     @property
     def are_finite(self) -> jax.Array:
         """Bool scalar on the devices: whether there is a step to make."""
-        return jnp.isfinite(self.norm) & jnp.isfinite(functools.reduce(operator.add, self.losses))
+        return functools.reduce(operator.and_, map(jnp.isfinite, (self.norm, *self.losses)))
 
     def read(self) -> tuple[float, float, Sums]:
         """Loss, gradient norm and statistics on the host."""
@@ -153,7 +153,10 @@ class JaxTrainer:
         """One optimizer step from given gradients; see ParityTrainer."""
         tree = stacked(gradients, self._trained, self._program.frozen)
         norm = optimizer.global_norm(tree)
-        self._step(tree, norm, jnp.isfinite(norm), learning_rate)
+        are_finite = jnp.isfinite(norm)
+        self._step(tree, norm, are_finite, learning_rate)
+        if not are_finite:
+            raise NonFiniteUpdate(f"gradient norm {float(norm)}.")
         self._count_step()
 
     @contextmanager

@@ -84,10 +84,11 @@ class AdamW:
     @torch.no_grad()
     def step(self, norm: Tensor, are_finite: Tensor, learning_rate: float) -> None:
         """One step from gradients of global norm `norm`, float64 scalar, scaled down to `clip_norm` if they exceed it;
-        where they are not finite, bool scalar, nothing changes. The host does not wait for a GPU to know either.
+        where they are not finite, bool scalar, nothing changes. The host does not wait for a GPU to know either, unless
+        something rests with the host.
         """
         config, steps = self._config, self.steps + 1
-        scale = (config.clip_norm / norm).clamp(max=1.0)  # of a norm of 0 too
+        scale = (torch.full_like(norm, config.clip_norm) / norm).clamp(max=1.0)  # of a norm of 0 too
         known = (1.0 - config.beta1**steps, 1.0 - config.beta2**steps, learning_rate)
         on_gpu = self._device.type == "cuda"
         if on_gpu:

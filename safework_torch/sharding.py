@@ -211,7 +211,7 @@ def _read(file: Any, name: str, like: Tensor, device: torch.device) -> Tensor:
 
 def sent(array: np.ndarray, device: torch.device) -> Tensor:
     """An array of the host on the device. The host does not wait for what the device still does."""
-    tensor = torch.from_numpy(array)
+    tensor = torch.from_numpy(np.ascontiguousarray(array))  # with strides it would go through memory that is not pinned
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 

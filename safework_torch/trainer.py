@@ -173,6 +173,8 @@ class TorchTrainer:
         own = self._optimizer.own_norm().to(self._device, torch.float64)
         norm = self._optimizer.norm_of(gather_rows(own[None]))
         self._step(norm, norm.isfinite(), learning_rate)
+        if not norm.isfinite():
+            raise NonFiniteUpdate(f"gradient norm {float(norm)}.")
         self._count_step()
 
     @contextmanager

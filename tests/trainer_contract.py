@@ -169,6 +169,12 @@ def check_guard(trainer: ParityTrainer, untouched: ParityTrainer, folder: Path) 
         with pytest.raises(NonFiniteUpdate, match=r"loss .*, gradient norm "):
             trainer.update(broken, 1e-3)
         assert_equal_states([_saved(trainer, folder / f"after-{advantage}")], found)
+    _, gradients = trainer.named_gradients(batch, LossConfig())
+    name = next(iter(gradients))
+    gradients[name] = np.full_like(gradients[name], np.nan)
+    with pytest.raises(NonFiniteUpdate, match="gradient norm nan"):
+        trainer.apply_gradients(gradients, 1e-3)
+    assert_equal_states([_saved(trainer, folder / "after-given")], found)
     assert_equal_states(trainer_states(trainer, [batch], folder / "next"), expected[1:])
 
 

@@ -52,10 +52,11 @@ class Job(NamedTuple):
         """A value of the config that this cluster cannot use."""
         return ConfigError(sentence(key, value, self.loaded.origin(key), problem))
 
-    def refuse_other_mesh(self, count: int, devices: str) -> None:
-        """Raise ConfigError unless the mesh of JAX is as large as the devices that a cluster gives."""
+    def refuse_other_mesh(self, count: int, devices: str, *, may_leave_some: bool = False) -> None:
+        """Raise ConfigError unless the mesh of JAX takes the devices that a cluster gives."""
         mesh = self.loaded.config.backend.jax["mesh"]
-        if prod(mesh.values()) != count:
+        size = prod(mesh.values())
+        if size > count or (size < count and not may_leave_some):
             problem = f"is not as large as the {count} {devices} asked for. Make it so."
             raise self.refuse("backend.jax.mesh", mesh, problem)
 

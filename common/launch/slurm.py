@@ -33,8 +33,9 @@ def job_file(job: Job, asked: Slurm) -> str:
     """The text of the file for sbatch. Raises ConfigError for rows, or for a mesh, that its processes cannot share."""
     rows, processes = job.loaded.config.batch.rows_per_microbatch, asked.nodes * asked.processes
     if job.loaded.config.backend.name == "jax" and asked.gpus_per_node:
-        # One of several processes has a GPU of its own, a single one all of them.
-        job.refuse_other_mesh(processes if asked.processes > 1 else asked.nodes * asked.gpus_per_node, "GPUs")
+        # One of several processes of a node has a GPU of its own, a single one all of them. Alone it may leave some.
+        gpus = processes if asked.processes > 1 else asked.nodes * asked.gpus_per_node
+        job.refuse_other_mesh(gpus, "GPUs", may_leave_some=processes == 1)
     if job.loaded.config.backend.name == "torch" and rows % processes:
         problem = f"does not divide over the {processes} processes. Choose a multiple of that."
         raise job.refuse("batch.rows_per_microbatch", rows, problem)

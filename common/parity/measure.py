@@ -38,7 +38,7 @@ class ParityTrainer(PolicyTrainer, Protocol):
         ...
 
     def apply_gradients(self, gradients: Mapping[str, np.ndarray], learning_rate: float) -> None:
-        """One optimizer step from these gradients, clip included."""
+        """One optimizer step from these gradients, clip included. Raises NonFiniteUpdate, having changed nothing."""
         ...
 
 

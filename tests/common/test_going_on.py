@@ -5,6 +5,7 @@ runs that do not go on, each saying why.
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from common.algorithms.schedule import learning_rate
 from common.config import load_config
 from common.disk import NotSaved
 from common.run_dir import LoopState, RunDir
-from common.state_files import save_tensors, whole, write_part
+from common.state_files import MANIFEST, save_tensors, seal, whole, write_part
 from common.types import TrainingState
 from tests.numpy_run import Trained, train
 from tests.runs import lowercase_run, read_lines, saved_steps, untimed
@@ -211,6 +212,28 @@ def test_the_newest_checkpoints_stay_and_none_goes_before_a_newer_is_complete(tm
     assert stood == [[], [1], [1, 2], [2, 3]]
     assert run_dir.saved_steps() == [3, 4]
     assert sorted(path.name for path in run_dir.checkpoints.iterdir()) == ["step-000003", "step-000004"]
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"step": "4"}, "loop, 'step': Input should be a valid integer"),
+        ({"cursor": -3}, "loop, 'cursor': Input should be greater than or equal to 0"),
+        ({"record_bytes": {"metrics.jsonl": None}}, "loop, 'record_bytes.metrics.jsonl': "),
+        ({"data": ["x"]}, "loop, 'data': "),
+        ({"pace": 1}, "its loop has 'step', 'cursor', 'policy_version', 'record_bytes', 'data', 'save', 'pace'"),
+        (None, "its loop has no entries"),
+    ],
+)
+def test_what_is_no_state_of_a_loop_is_said(tmp_path: Path, entries: dict[str, Any] | None, said: str) -> None:
+    run_dir = RunDir(tmp_path)
+    folder = run_dir.checkpoint(4)
+    folder.mkdir()
+    write_part(TrainingState({"model": {"w": whole(np.ones(3, np.float32))}}, 1), folder, 0, 1)
+    seal(folder, 1, {} if entries is None else {**asdict(LoopState(step=4)), **entries})
+    with pytest.raises(NotSaved) as caught:
+        run_dir.state()
+    assert f"{folder / MANIFEST}: is damaged, or of another version ({said}" in str(caught.value)
 
 
 def test_what_cannot_be_removed_does_not_end_a_run_that_is_saved(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors import safe_open
 
 from common.disk import NotSaved
-from common.state_files import MANIFEST, open_state, seal, whole, write_part, write_state
+from common.state_files import MANIFEST, open_state, save_tensors, seal, whole, write_part, write_state
 from common.types import Piece, TrainingState
 from tests.full_disk import limited_files, small_disk
 
@@ -115,7 +116,7 @@ def test_slices_that_are_not_the_tensor_once_are_never_sealed(tmp_path: Path, bo
     for index, (start, stop) in enumerate(bounds):
         pieces = [Piece(np.ones((stop - start, 2), np.float32), (start, 0), (4, 2))]
         write_part(TrainingState({"model": {"w": pieces}}, 1), tmp_path, index, len(bounds))
-    with pytest.raises(AssertionError, match="the slices of w are not each of its elements once"):
+    with pytest.raises(ValueError, match="the slices of 'w' are not each of its elements once"):
         seal(tmp_path, len(bounds), {})
     assert not (tmp_path / MANIFEST).exists()
 
@@ -155,19 +156,19 @@ def test_a_changed_manifest_is_an_error(tmp_path: Path, change: Callable[[Path],
         raise AssertionError("it was opened")
 
 
+LIKE = '{"loop": {}, "optimizer_steps": 1, "save": "", "shapes": {}, "parts": []}'
+
+
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("null", "all of it: "),
-        ("[]", "all of it: "),
-        ("{}", "loop: Field required"),
-        ('{"loop": {}, "optimizer_steps": 1, "save": "", "shapes": {}, "parts": []}', "parts: "),
-        (
-            '{"loop": {}, "optimizer_steps": 1, "save": "", "shapes": {}, "parts": [{}]}',
-            "parts.0.bytes: Field required",
-        ),
-        ('{"loop": {}, "optimizer_steps": 1, "save": "", "shapes": {"w": ["x"]}, "parts": [{}]}', "shapes.w.0: "),
-        ('{"loop": 1, "optimizer_steps": 1, "save": "", "shapes": {}, "parts": [{}]}', "loop: "),
+        ("null", "Input should be an object"),
+        ("[]", "Input should be an object"),
+        ("{}", "'loop': Field required"),
+        (LIKE, "'parts': "),
+        (LIKE.replace("[]", "[{}]"), "'parts.0.bytes': "),
+        (LIKE.replace('"shapes": {}', '"shapes": {"w": ["x"]}'), "'shapes.w.0': "),
+        (LIKE.replace('"loop": {}', '"loop": 1'), "'loop': "),
     ],
 )
 def test_a_manifest_of_another_shape_is_an_error(tmp_path: Path, text: str, what: str) -> None:
@@ -186,12 +187,36 @@ def test_files_of_two_saves_are_no_state(tmp_path: Path) -> None:
         saved.read("model", "w")
 
 
-def test_slices_that_no_file_has_are_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda found: found["parts"][0].update(slices={}), "the slices of 'w' are not each of its elements once"),
+        (lambda found: found["parts"][0]["slices"].update(w=[[[0, 4], [0, 1]]]), "the slices of 'w'"),
+        (lambda found: found["parts"][0]["slices"].update(w=[[[0, 3]]]), "the slices of 'w'"),
+        (lambda found: found["parts"][0]["slices"].update(w=[[[0, 4]], [[4, 2]], [[2, 4]]]), "the slices of 'w'"),
+        (lambda found: found.update(shapes={}), "its parts have tensors whose shapes it lacks"),
+        (lambda found: found["shapes"].update(w=[-4]), "'shapes.w.0': Input should be greater than or equal to 0"),
+        (lambda found: found["parts"][0]["bytes"].pop("model"), "its parts do not have the same kinds of tensors"),
+        (lambda found: found.update(optimizer_steps="4"), "'optimizer_steps': Input should be a valid integer"),
+        (lambda found: found["shapes"].update({"a\nb": ["x"]}), r"'shapes.a\nb.0': "),
+    ],
+)
+def test_a_manifest_that_does_not_add_up_is_an_error(
+    tmp_path: Path, change: Callable[[dict[str, Any]], Any], said: str
+) -> None:
     write_state(of_one(np.ones(4, np.float32)), tmp_path)
     manifest = json.loads((tmp_path / MANIFEST).read_text())
-    manifest["parts"][0]["slices"] = {}
+    change(manifest)
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
-    with open_state(tmp_path) as saved, pytest.raises(NotSaved, match="knows no file of all of w"):
+    with pytest.raises(NotSaved) as caught, open_state(tmp_path):
+        raise AssertionError("it was opened")
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_files_that_are_not_those_of_the_manifest_are_an_error(tmp_path: Path) -> None:
+    write_state(of_one(np.ones(4, np.float32)), tmp_path)
+    save_tensors({"v": np.ones(4, np.float32)}, tmp_path / "model.safetensors", {"save": ""})  # as long as the other
+    with open_state(tmp_path) as saved, pytest.raises(NotSaved, match="its files are not those of its manifest"):
         saved.read("model", "w")
 
 

@@ -149,6 +149,9 @@ def test_hosts_follow_from_the_topology(target: str, expected: Slice) -> None:
     assert read_target(target) == expected
 
 
+MESH = "backend.jax.mesh={fsdp: 4}"
+
+
 @pytest.mark.parametrize("target", ["v5p", "v9:4x4", "v5p:4x4", "v5e:3x3", "v5e:1x3", "h100:8", "v5e:0x4"])
 def test_what_is_no_slice_is_refused(target: str) -> None:
     with pytest.raises(ConfigError, match=f"--target {target}: "):
@@ -180,6 +183,10 @@ def test_what_is_no_slice_is_refused(target: str) -> None:
         (
             ("--on", "slurm", "--nodes", "2", "--gpus-per-node", "8", "--processes-per-node", "1"),
             "is not as large as the 16 GPUs asked for. Make it so.",
+        ),
+        (
+            ("--on", "slurm", "--nodes", "1", "--gpus-per-node", "2", "--processes-per-node", "1", MESH),
+            "is not as large as the 2 GPUs asked for. Make it so.",
         ),
         (
             ("--on", "slurm", "--nodes", "1", "--gpus-per-node", "1", "--account", "a\n#SBATCH --nodes=9"),
