@@ -8,8 +8,8 @@ _TORCH = [
     Mutant(
         "torch predicts a token from itself",
         "safework_torch/model.py",
-        'row * length + own["previous"][row, place]',
-        "row * length + place",
+        'shape[1] + own["previous"][row, place]',
+        "shape[1] + place",
         "logprob difference",
     ),
     Mutant(
@@ -78,7 +78,7 @@ _TORCH = [
     Mutant(
         "torch inverts the clip coefficient",
         "safework_torch/optimizer.py",
-        "config.clip_norm / norm",
+        "torch.full_like(norm, config.clip_norm) / norm",
         "norm / config.clip_norm",
         "first moment, same gradients",
     ),
