@@ -21,8 +21,6 @@ KINDS = (
     ("copies", r"memcpy|memset|direct_copy|^copy"),
     ("sums and element-wise", r""),
 )
-
-
 SHOWN = 12  # places of gaps, the longest together first
 
 

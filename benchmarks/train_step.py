@@ -11,7 +11,6 @@ causal attention, without what is computed again, of 989 TFLOP/s; peak memory is
 from __future__ import annotations
 
 import argparse
-import math
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from common.config import LoadedConfig, load_config
 from common.config.run import BatchSection
 from common.data.batching import TrainSequence, pack
 from common.types import TrainBatch
+from safework_jax.config import JaxSection
 
 HEAD = "case             engine recompute rows  tokens/s    MFU    GiB first s"
 PEAK_FLOPS = 989e12  # of an H100, dense bf16
@@ -128,8 +128,8 @@ def measure(arguments: argparse.Namespace) -> None:
         seconds = (time.perf_counter() - started) / arguments.updates
         peak = trainer.peak_memory_gib()
         spans = profiled(trainer, batch, arguments.engine) if arguments.profile else []
-        mesh = loaded.config.backend.jax.get("mesh", {})
-        cards = len(team.places) if arguments.engine == "torch" else math.prod(mesh.values())
+        section = loaded.engine
+        cards = section.mesh.num_devices if isinstance(section, JaxSection) else len(team.places)
     if team.leads:
         show(name, case, arguments.engine, recompute, seconds, peak, first, cards)
         if spans:

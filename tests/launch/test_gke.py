@@ -149,9 +149,6 @@ def test_hosts_follow_from_the_topology(target: str, expected: Slice) -> None:
     assert read_target(target) == expected
 
 
-MESH = "backend.jax.mesh={fsdp: 4}"
-
-
 @pytest.mark.parametrize("target", ["v5p", "v9:4x4", "v5p:4x4", "v5e:3x3", "v5e:1x3", "h100:8", "v5e:0x4"])
 def test_what_is_no_slice_is_refused(target: str) -> None:
     with pytest.raises(ConfigError, match=f"--target {target}: "):
@@ -185,7 +182,17 @@ def test_what_is_no_slice_is_refused(target: str) -> None:
             "is not as large as the 16 GPUs asked for. Make it so.",
         ),
         (
-            ("--on", "slurm", "--nodes", "1", "--gpus-per-node", "2", "--processes-per-node", "1", MESH),
+            (
+                "--on",
+                "slurm",
+                "--nodes",
+                "1",
+                "--gpus-per-node",
+                "2",
+                "--processes-per-node",
+                "1",
+                "backend.jax.mesh.fsdp=4",
+            ),
             "is not as large as the 2 GPUs asked for. Make it so.",
         ),
         (
